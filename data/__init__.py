@@ -1,0 +1,1 @@
+"""Image and token shards: writing, indexing, deterministic reading, demo data."""

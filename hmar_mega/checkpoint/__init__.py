@@ -1,0 +1,1 @@
+"""Canonical sharded checkpoints and export."""

@@ -1,0 +1,444 @@
+"""The typed configuration tree of a run: YAML files, `key=value` overrides that win over them, clear errors.
+
+`load_config("demo", ["optim.base_lr=2e-4"])` reads configs/demo.yaml (with the files its `include` list names, earlier
+ones first) and applies the overrides. Unknown keys are errors that name the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hmar_mega.errors import UserError
+from hmar_mega.scales import MASK_SCHEDULES, PATCH_NUMS, Pattern, ScaleSchedule, mask_schedule_for
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used; the message says what was given, what is allowed and what to do."""
+
+
+class Section(BaseModel):
+    """A frozen section of the configuration in which unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class AttentionConfig(Section):
+    """How the tokens attend: `block_diagonal` is HMAR, `block_causal` is VAR."""
+
+    pattern: Pattern = "block_diagonal"
+    backend: Literal["auto", "reference", "sdpa"] = "auto"
+
+
+class ModelConfig(Section):
+    """The transformer. Depth sets everything (width 64·depth, heads = depth) unless overridden."""
+
+    depth: int = Field(16, ge=1, le=128)
+    width: int | None = Field(None, ge=8, description="default 64·depth")
+    heads: int | None = Field(None, ge=1, description="default depth")
+    num_classes: int = Field(1000, ge=1)
+    ffn_ratio: float = Field(4.0, gt=0)
+    shared_aln: bool = False
+    drop_path_rate: float | None = Field(None, ge=0, lt=1, description="of the last layer; default 0.1·depth/24")
+    gamma_init: float = Field(1e-3, gt=0)
+    mask_layers: int | None = Field(None, ge=1, description="default 8, or depth/2 below depth 16")
+    attention: AttentionConfig = AttentionConfig()
+
+    @property
+    def resolved_width(self) -> int:
+        """C."""
+        return self.width if self.width is not None else 64 * self.depth
+
+    @property
+    def resolved_heads(self) -> int:
+        """H."""
+        return self.heads if self.heads is not None else self.depth
+
+    @property
+    def head_dim(self) -> int:
+        """D = C / H."""
+        return self.resolved_width // self.resolved_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Hidden width of the feed-forward block."""
+        return int(self.resolved_width * self.ffn_ratio)
+
+    @property
+    def resolved_drop_path(self) -> float:
+        """Drop-path rate of the last layer; it rises linearly from 0."""
+        return self.drop_path_rate if self.drop_path_rate is not None else 0.1 * self.depth / 24
+
+    @property
+    def resolved_mask_layers(self) -> int:
+        """Blocks of the mask branch."""
+        if self.mask_layers is not None:
+            return self.mask_layers
+        return 8 if self.depth >= 16 else max(1, self.depth // 2)
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.resolved_width % self.resolved_heads:
+            fits = [h for h in range(1, self.resolved_width + 1) if self.resolved_width % h == 0 and h <= 64]
+            raise ValueError(
+                f"heads={self.resolved_heads} does not divide width={self.resolved_width}; "
+                f"use one of {', '.join(map(str, fits))}"
+            )
+        if self.resolved_mask_layers > self.depth:
+            raise ValueError(
+                f"mask_layers={self.resolved_mask_layers} is more than depth={self.depth}; use 1 to {self.depth}"
+            )
+        return self
+
+
+class ScheduleConfig(Section):
+    """Image size and scales. Published resolutions know their `patch_nums`; others must give them."""
+
+    resolution: int = Field(256, ge=4)
+    patch_nums: tuple[int, ...] | None = None
+    mask_schedule: tuple[tuple[int, ...], ...] | None = Field(
+        None, description="tokens kept by each sampling pass, for the first scales; the others take one pass"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        if self.patch_nums is None and self.resolution not in PATCH_NUMS:
+            raise ValueError(
+                f"resolution={self.resolution} has no published patch_nums (only {', '.join(map(str, PATCH_NUMS))} "
+                "have); give schedule.patch_nums, for example [1, 2, 4]"
+            )
+        mask_schedule_for(self.scales, self.mask_schedule)
+        return self
+
+    @property
+    def scales(self) -> ScaleSchedule:
+        """The scale schedule; raises ValueError when `patch_nums` is illegal."""
+        return ScaleSchedule(self.patch_nums if self.patch_nums is not None else PATCH_NUMS[self.resolution])
+
+    @property
+    def resolved_mask_schedule(self) -> tuple[tuple[int, ...], ...]:
+        """The sampling passes of every scale."""
+        given = self.mask_schedule
+        if given is None and self.patch_nums is None:
+            given = MASK_SCHEDULES[self.resolution]
+        return mask_schedule_for(self.scales, given)
+
+
+class TokenizerTrainConfig(Section):
+    """Training of the multi-scale VQ-VAE on image shards."""
+
+    steps: int = Field(2000, ge=1)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(1.0, gt=0)
+    l1_weight: float = Field(0.2, ge=0)
+    l2_weight: float = Field(1.0, ge=0)
+    vq_weight: float = Field(1.0, ge=0)
+    dead_code_steps: int = Field(100, ge=0, description="restart codes unused for this many steps; 0 never")
+    restart_until: float = Field(0.8, ge=0, le=1, description="fraction of training after which no code is restarted")
+    log_interval: int = Field(20, ge=1)
+
+
+class TokenizerConfig(Section):
+    """The multi-scale residual VQ-VAE (VQGAN convolutions, shared codebook, shared φ)."""
+
+    path: str | None = Field(None, description="folder of a trained tokenizer")
+    base_channels: int = Field(160, ge=1)
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    encoder_res_blocks: int = Field(2, ge=1)
+    decoder_res_blocks: int = Field(3, ge=1)
+    latent_channels: int = Field(32, ge=1)
+    norm_groups: int = Field(32, ge=1)
+    attention: bool = Field(True, description="self-attention at the lowest resolution and in the middle")
+    codebook_size: int = Field(4096, ge=2, le=65536)
+    num_phi: int = Field(4, ge=1)
+    phi_ratio: float = Field(0.5, ge=0, le=1)
+    using_znorm: bool = Field(False, description="cosine instead of L2 nearest neighbour")
+    beta: float = Field(0.25, gt=0)
+    train: TokenizerTrainConfig = TokenizerTrainConfig()
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent cell: 2 for every level after the first."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizerConfig:
+        bad = [self.base_channels * m for m in self.channel_mult if self.base_channels * m % self.norm_groups]
+        if bad:
+            raise ValueError(
+                f"base_channels={self.base_channels} × channel_mult={self.channel_mult} gives {bad[0]} channels, which "
+                f"norm_groups={self.norm_groups} does not divide; change one of the three"
+            )
+        if self.downsample not in (4, 8, 16):
+            raise ValueError(f"channel_mult has {len(self.channel_mult)} levels (downsample {self.downsample}); use 3, "
+                             "4 or 5 levels for downsample 4, 8 or 16")
+        return self
+
+
+class DataConfig(Section):
+    """Shards and batches. `train`/`val` are folders of token shards; `images`/`images_val` of image shards."""
+
+    train: str | None = None
+    val: str | None = None
+    images: str | None = None
+    images_val: str | None = None
+    global_batch_size: int = Field(768, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1, description="per data-parallel rank; default: as large as fits 32")
+    workers: int = Field(2, ge=0, description="reader threads a rank; 0 reads in the training thread")
+
+
+class StageConfig(Section):
+    """What is trained: `next_scale` (stage 1) or `masked` (stage 2, from a stage-1 run in run.init_from)."""
+
+    name: Literal["next_scale", "masked"] = "next_scale"
+    loss_weights: Literal["lognormal", "uniform"] = "lognormal"
+    label_drop: float = Field(0.1, ge=0, le=1)
+    mask_input: Literal["leak_free", "reference"] = "leak_free"
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule: lr = base_lr · global_batch/256, warm-up, flat, then linear to final_ratio."""
+
+    impl: Literal["auto", "torch", "te", "apex"] = "auto"
+    base_lr: float = Field(1e-4, gt=0)
+    epochs: float = Field(200, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="stop earlier; the schedule stays that of `epochs`")
+    warmup_epochs: float | None = Field(None, ge=0, description="default epochs/50")
+    warmup_start: float = Field(0.005, ge=0, le=1)
+    flat_fraction: float = Field(0.05, ge=0, le=1, description="of the steps after warm-up, at full lr")
+    final_ratio: float = Field(0.1, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    weight_decay_end: float | None = Field(None, ge=0, description="reached along a half cosine over all steps")
+    clip: float = Field(2.0, gt=0)
+
+
+class ParallelConfig(Section):
+    """How the model is spread over processes. The data-parallel size is what remains of the world size."""
+
+    tensor_parallel: int = Field(1, ge=1)
+    pipeline_parallel: int = Field(1, ge=1)
+    zero_stage: int = Field(1, ge=0, le=3)
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.pipeline_parallel != 1:
+            raise ValueError(
+                f"pipeline_parallel={self.pipeline_parallel} is not supported by this version; "
+                "use pipeline_parallel=1 and spread the model with tensor_parallel"
+            )
+        if self.zero_stage != 1:
+            raise ValueError(f"zero_stage={self.zero_stage} is not supported by this version; use zero_stage=1")
+        return self
+
+
+class PrecisionConfig(Section):
+    """Number formats of training."""
+
+    compute: Literal["fp32", "bf16"] = "bf16"
+
+
+class CheckpointConfig(Section):
+    """When to save; every save is complete and atomic."""
+
+    interval: int = Field(1000, ge=1, description="optimizer steps")
+    keep_last: int = Field(2, ge=1)
+
+
+class EvalConfig(Section):
+    """Validation loss and sample grids during training."""
+
+    interval: int = Field(1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(32, ge=1, description="per data-parallel rank")
+    num_samples: int | None = Field(None, ge=1, description="validation samples; default all, at most 50 000")
+    grid_count: int = Field(16, ge=0, description="images of the sample grid; 0 draws none")
+    cfg_scale: float = Field(1.5, ge=0)
+    top_k: int = Field(900, ge=0, description="0 keeps all")
+    top_p: float = Field(0.96, gt=0, le=1)
+
+
+class LoggingConfig(Section):
+    """Where figures go."""
+
+    interval: int = Field(10, ge=1, description="optimizer steps between lines")
+    tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "hmar-mega"
+
+
+class RunConfig(Section):
+    """The run directory, its seed and what it starts from."""
+
+    dir: str | None = None
+    seed: int = Field(0, ge=0, lt=2**31)
+    init_from: str | None = Field(None, description="run, checkpoint or exported model whose weights to start from")
+    resume: bool = Field(True, description="continue when the run directory already has a checkpoint")
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    model: ModelConfig = ModelConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    stage: StageConfig = StageConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    logging: LoggingConfig = LoggingConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        self.schedule.scales.check_fits(self.schedule.resolution, self.tokenizer.downsample)
+        heads, tp = self.model.resolved_heads, self.parallel.tensor_parallel
+        if heads % tp:
+            raise ValueError(
+                f"tensor_parallel={tp} does not divide the {heads} heads of depth {self.model.depth}; "
+                f"use {_or(d for d in range(1, heads + 1) if heads % d == 0)}"
+            )
+        if self.model.ffn_width % tp:
+            raise ValueError(f"tensor_parallel={tp} does not divide the feed-forward width {self.model.ffn_width}")
+        return self
+
+
+def load_config(name_or_path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        name_or_path: a YAML file, or the name of a packaged one (`demo`, `train/d16-256`); None: only defaults.
+        overrides: `section.key=value` strings, values in YAML; they win over the file.
+
+    Raises:
+        ConfigError: for an unknown file, key or value.
+    """
+    tree = _read_yaml(_find(name_or_path), seen=()) if name_or_path is not None else {}
+    for text in overrides:
+        _apply_override(tree, text)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Validate a nested mapping into a `Config`; ConfigError says which key is wrong and how to mend it."""
+    try:
+        return Config.model_validate(dict(tree))
+    except ValidationError as err:
+        raise ConfigError("\n".join(_explain(e) for e in err.errors())) from None
+
+
+def config_to_yaml(config: Config) -> str:
+    """The full configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+def packaged_configs() -> list[str]:
+    """The names `load_config` knows without a path, sorted."""
+    root = Path(str(resources.files("hmar_mega.configs")))
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    packaged = Path(str(resources.files("hmar_mega.configs"))) / f"{str(name_or_path).removesuffix('.yaml')}.yaml"
+    if packaged.is_file():
+        return packaged
+    close = difflib.get_close_matches(str(name_or_path), packaged_configs(), n=3, cutoff=0.3) or packaged_configs()
+    raise ConfigError(f"no config {str(name_or_path)!r}: not a file, and not a packaged one; nearest: {', '.join(close)}")
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} includes itself through {' → '.join(p.name for p in seen)}")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as err:
+        raise ConfigError(f"cannot read {path}: {err}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping of sections, not {type(tree).__name__}")
+    includes = tree.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in [includes] if isinstance(includes, str) else includes:
+        beside = path.parent / name
+        _merge(merged, _read_yaml(beside if beside.is_file() else _find(name), (*seen, path.resolve())))
+    _merge(merged, tree)
+    return merged
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> None:
+    for key, value in top.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    key, eq, raw = text.partition("=")
+    if not eq or not key.strip():
+        raise ConfigError(f"override {text!r} is not of the form section.key=value, for example optim.base_lr=1e-4")
+    value = yaml.safe_load(raw) if raw else None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        if not isinstance(node.setdefault(parent, {}), dict):
+            raise ConfigError(f"override {text!r}: {parent} is a value, not a section")
+        node = node[parent]
+    node[last] = value
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 1e-4 as a string; users mean a number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return number if math.isfinite(number) else text
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path, list(known_keys()), n=1, cutoff=0.4)
+        last = str(error["loc"][-1])
+        same_name = [k for k in known_keys() if k.rsplit(".", 1)[-1] == last]
+        hint = (same_name or near or [""])[0]
+        return f"unknown key {path}" + (f"; did you mean {hint}?" if hint else "; see --print-config for the known keys")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    if error["type"] == "literal_error":
+        return f"{path}={error['input']!r}: allowed are {message.removeprefix('Input should be ')}"
+    return f"{path}={error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the tree."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from known_keys(kind, f"{prefix}{name}.")
+
+
+def _or(values: Iterable[int]) -> str:
+    items = [str(v) for v in values]
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " or " + items[-1]

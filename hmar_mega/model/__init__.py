@@ -1,0 +1,1 @@
+"""The HMAR transformer: maths once, over plain or tensor-parallel linears."""

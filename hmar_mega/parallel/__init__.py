@@ -1,0 +1,1 @@
+"""Ranks, groups and the bridge between Megatron-core and DeepSpeed."""
