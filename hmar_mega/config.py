@@ -11,13 +11,17 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hmar_mega.errors import UserError
 from hmar_mega.scales import MASK_SCHEDULES, PATCH_NUMS, Pattern, ScaleSchedule, mask_schedule_for
+
+
+#: A decay rate of Adam's moving averages.
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(UserError):
@@ -27,7 +31,7 @@ class ConfigError(UserError):
 class Section(BaseModel):
     """A frozen section of the configuration in which unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class AttentionConfig(Section):
@@ -139,7 +143,7 @@ class TokenizerTrainConfig(Section):
     lr: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     clip: float = Field(1.0, gt=0)
     l1_weight: float = Field(0.2, ge=0)
     l2_weight: float = Field(1.0, ge=0)
@@ -170,7 +174,7 @@ class TokenizerConfig(Section):
     @property
     def downsample(self) -> int:
         """Pixels per latent cell: 2 for every level after the first."""
-        return 2 ** (len(self.channel_mult) - 1)
+        return 1 << (len(self.channel_mult) - 1)
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerConfig:
@@ -181,8 +185,10 @@ class TokenizerConfig(Section):
                 f"norm_groups={self.norm_groups} does not divide; change one of the three"
             )
         if self.downsample not in (4, 8, 16):
-            raise ValueError(f"channel_mult has {len(self.channel_mult)} levels (downsample {self.downsample}); use 3, "
-                             "4 or 5 levels for downsample 4, 8 or 16")
+            raise ValueError(
+                f"channel_mult has {len(self.channel_mult)} levels (downsample {self.downsample}); use 3, "
+                "4 or 5 levels for downsample 4, 8 or 16"
+            )
         return self
 
 
@@ -196,6 +202,10 @@ class DataConfig(Section):
     global_batch_size: int = Field(768, ge=1)
     micro_batch_size: int | None = Field(None, ge=1, description="per data-parallel rank; default: as large as fits 32")
     workers: int = Field(2, ge=0, description="reader threads a rank; 0 reads in the training thread")
+    augment: Literal["crop", "none"] = Field(
+        "crop",
+        description="images: shorter side to 1.125 × resolution and a random crop; none: to resolution, centre crop",
+    )
 
 
 class StageConfig(Section):
@@ -218,7 +228,7 @@ class OptimConfig(Section):
     warmup_start: float = Field(0.005, ge=0, le=1)
     flat_fraction: float = Field(0.05, ge=0, le=1, description="of the steps after warm-up, at full lr")
     final_ratio: float = Field(0.1, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     weight_decay_end: float | None = Field(None, ge=0, description="reached along a half cosine over all steps")
@@ -354,27 +364,32 @@ def packaged_configs() -> list[str]:
 
 def _find(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
-    if path.is_file():
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
         return path
     packaged = Path(str(resources.files("hmar_mega.configs"))) / f"{str(name_or_path).removesuffix('.yaml')}.yaml"
     if packaged.is_file():
         return packaged
     close = difflib.get_close_matches(str(name_or_path), packaged_configs(), n=3, cutoff=0.3) or packaged_configs()
-    raise ConfigError(f"no config {str(name_or_path)!r}: not a file, and not a packaged one; nearest: {', '.join(close)}")
+    raise ConfigError(
+        f"no config {str(name_or_path)!r}: not a .yaml file, and not a packaged one; nearest: {', '.join(close)}"
+    )
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path} includes itself through {' → '.join(p.name for p in seen)}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as err:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise ConfigError(f"cannot read {path}: {err}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping of sections, not {type(tree).__name__}")
     includes = tree.pop("include", [])
+    includes = [includes] if isinstance(includes, str) else includes
+    if not isinstance(includes, list) or not all(isinstance(name, str) for name in includes):
+        raise ConfigError(f"include of {path} must be a config name or a list of them, not {includes!r}")
     merged: dict[str, Any] = {}
-    for name in [includes] if isinstance(includes, str) else includes:
+    for name in includes:
         beside = path.parent / name
         _merge(merged, _read_yaml(beside if beside.is_file() else _find(name), (*seen, path.resolve())))
     _merge(merged, tree)
@@ -383,7 +398,9 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> None:
     for key, value in top.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+        if value is None and key in Config.model_fields:
+            base.setdefault(key, {})  # a section with nothing but comments
+        elif isinstance(value, Mapping) and isinstance(base.get(key), dict):
             _merge(base[key], value)
         else:
             base[key] = dict(value) if isinstance(value, Mapping) else value
@@ -393,7 +410,10 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     key, eq, raw = text.partition("=")
     if not eq or not key.strip():
         raise ConfigError(f"override {text!r} is not of the form section.key=value, for example optim.base_lr=1e-4")
-    value = yaml.safe_load(raw) if raw else None
+    try:
+        value = yaml.safe_load(raw) if raw else None
+    except yaml.YAMLError as err:
+        raise ConfigError(f"override {text!r}: the value is not YAML ({str(err).splitlines()[0]})") from None
     if isinstance(value, str):
         value = _number(value)
     *parents, last = key.strip().split(".")
@@ -421,7 +441,9 @@ def _explain(error: Any) -> str:
         last = str(error["loc"][-1])
         same_name = [k for k in known_keys() if k.rsplit(".", 1)[-1] == last]
         hint = (same_name or near or [""])[0]
-        return f"unknown key {path}" + (f"; did you mean {hint}?" if hint else "; see --print-config for the known keys")
+        return f"unknown key {path}" + (
+            f"; did you mean {hint}?" if hint else "; see --print-config for the known keys"
+        )
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{path}: {message}" if path else message

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -45,9 +46,14 @@ class ScaleSchedule:
     patch_nums: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        nums = tuple(int(p) for p in self.patch_nums)
+        nums = tuple(self.patch_nums)
         object.__setattr__(self, "patch_nums", nums)
-        if len(nums) < 2 or nums[0] != 1 or any(b <= a for a, b in zip(nums, nums[1:], strict=False)):
+        if (
+            len(nums) < 2
+            or nums[0] != 1
+            or any(b <= a for a, b in pairwise(nums))
+            or not all(isinstance(p, int) for p in nums)
+        ):
             raise ValueError(
                 f"patch_nums={nums} is not a legal schedule: it must have at least two scales, start at 1 and "
                 f"increase strictly, for example (1, 2, 4) or {PATCH_NUMS[256]}"
@@ -85,7 +91,9 @@ class ScaleSchedule:
     def level_ids(self, device: torch.device | str | None = None) -> Tensor:
         """The 0-based scale of every position, (N,) int64."""
         lengths = torch.tensor(self.scale_lengths, device=device)
-        return torch.repeat_interleave(torch.arange(self.num_scales, device=device), lengths)
+        return torch.repeat_interleave(
+            torch.arange(self.num_scales, device=device), lengths, output_size=self.num_tokens
+        )
 
     def cu_seqlens(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """Cumulative lengths of every (sample, scale) for variable-length attention, (batch·K + 1,) int32."""
@@ -108,8 +116,8 @@ class ScaleSchedule:
     def phi_index(self, num_phi: int = 4) -> tuple[int, ...]:
         """Which shared φ convolution each scale uses (VAR's `PhiPartiallyShared`).
 
-        Scale s of K takes the φ whose tick is nearest to s/(K−1), ticks in float64, ties to the lower index: at K = 10
-        two scales tie exactly and float32 gives other numbers. With one φ all scales share it.
+        Scale s of K takes the φ whose tick is nearest to s/(K−1), by argmin in float64: at K = 10 two
+        scales tie but for rounding, so float32 gives other numbers. With one φ all scales share it.
         """
         if num_phi < 1:
             raise ValueError(f"num_phi={num_phi}: at least one φ convolution is needed")
@@ -125,8 +133,9 @@ class ScaleSchedule:
         if self.grid * downsample != resolution:
             raise ValueError(
                 f"patch_nums={self.patch_nums} ends at {self.grid}, which with downsample={downsample} makes "
-                f"{self.grid * downsample} px images, not resolution={resolution}; end patch_nums at "
-                f"{resolution / downsample:g} or set resolution={self.grid * downsample}"
+                f"{self.grid * downsample} px images, not resolution={resolution}; "
+                + (f"end patch_nums at {resolution // downsample} or " if resolution % downsample == 0 else "")
+                + f"set resolution={self.grid * downsample}"
             )
 
 
@@ -149,7 +158,8 @@ def lognormal_scale_weights(schedule: ScaleSchedule) -> np.ndarray:
     ratios = np.array(schedule.patch_nums, dtype=np.float64) / schedule.grid
     z = (ratios[::-1] - ratios.mean()) / ratios.std(ddof=1)
     density = np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    return density / density.sum()
+    weights: np.ndarray = density / density.sum()
+    return weights
 
 
 def mask_schedule_for(

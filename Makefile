@@ -1,0 +1,67 @@
+# Everything a contributor runs, from a fresh clone: `make demo`, `make test`, `make lint`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The torch to train with. On a machine with GPUs choose the build for its driver: `make venv TORCH=torch==2.11.0+cu130`.
+TORCH ?= torch==2.13.0
+
+# The first interpreter that is new enough; the tested one comes first.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo test test-fast lint format wheel clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(STAMP)  ## .venv with the package (editable), its dependencies and the developer tools
+
+# DeepSpeed comes as source only and imports torch while it is built, hence torch first and no build isolation. Naming
+# torch again in the second command keeps pip from trading it for another build.
+$(STAMP): pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 or newer found; install one or give its path: make venv PYTHON=…" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@if ! command -v nvidia-smi >/dev/null \
+	    && $(PIP) install --dry-run --quiet --report - '$(TORCH)' | grep -E '"name": "(nvidia|cuda)-' >/dev/null; then \
+	  echo "$(TORCH) is a CUDA build in your package index and this machine has no GPU: several GB for nothing." >&2; \
+	  echo "Point pip at an index of CPU builds (PIP_EXTRA_INDEX_URL) and run: make venv TORCH=torch==2.13.0+cpu" >&2; \
+	  exit 1; \
+	fi
+	$(PIP) install '$(TORCH)' 'setuptools>=77' wheel 'numpy>=1.26' -c constraints.txt
+	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation '$(TORCH)' -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP)  ## data, tokenizer, both stages and samples on this machine, in minutes
+	$(BIN)/hmar-mega demo
+
+test: $(STAMP)  ## the whole suite
+	$(BIN)/python -m pytest -q
+
+test-fast: $(STAMP)  ## the suite without slow tests and without tests that start several processes
+	$(BIN)/python -m pytest -q -m "not slow and not dist"
+
+lint: $(STAMP)  ## ruff and mypy, as the pre-commit hooks run them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the sources as ruff wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# setuptools packs whatever earlier builds left in build/ and listed in *.egg-info: both go first.
+wheel: $(STAMP)  ## dist/hmar_mega-*.whl
+	rm -rf build *.egg-info
+	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
+	rm -rf build *.egg-info
+
+clean:  ## remove build leftovers and tool caches; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,181 @@
+"""The commands `hmar-mega data …`: demo data, sharding, encoding, and what a folder of shards holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmar_mega.errors import UserError
+
+if TYPE_CHECKING:
+    from hmar_mega.data.index import ShardIndex
+
+#: Shards `data info` lists before it only counts the rest.
+LISTED_SHARDS = 10
+
+
+def add_data_parser(subparsers: Any) -> None:
+    """Add `data` and its commands to the sub-parsers of `hmar-mega`; each sets `run`, a function of the arguments."""
+    parser = subparsers.add_parser("data", help="make shards of images and tokens", description=__doc__)
+    commands = parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_shard(commands)
+    _add_encode(commands)
+    _add_info(commands)
+
+
+def _add(commands: Any, name: str, summary: str, description: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "demo",
+        "write a small set of real images as image shards",
+        "Write a small set of real images as image shards to OUT/train and OUT/val.\n\n"
+        "digits         1797 handwritten digits, from scikit-learn\n"
+        "fashion-mnist  70 000 articles of clothing, from Debian's package dataset-fashion-mnist",
+        "  hmar-mega data demo digits data/digits --size 16",
+    )
+    parser.add_argument("name", choices=("digits", "fashion-mnist"), help="which set")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    parser.add_argument("--size", type=int, help="side in pixels (default: 16 for digits, 32 for fashion-mnist)")
+    parser.add_argument(
+        "--val-fraction", type=float, help="share that goes to OUT/val (default: the published split, else 0.1)"
+    )
+    parser.add_argument("--source", type=Path, help="folder of fashion-mnist's four .gz files, if not Debian's")
+    parser.set_defaults(run=_run_demo)
+
+
+def _add_shard(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "shard",
+        "write a folder of images as image shards",
+        "Write the images of SRC/<class>/ (jpg, png, webp; one subfolder a class) as image shards.\n"
+        "Files keep their bytes. Images that cannot be decoded are skipped and listed in OUT/index.json.",
+        "  hmar-mega data shard imagenet/train shards/train\n  hmar-mega data shard imagenet/val shards/val",
+    )
+    parser.add_argument("src", type=Path, metavar="SRC", help="folder with one subfolder a class")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    parser.add_argument("--samples-per-shard", type=int, default=1024, help="images in a tar (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=4, help="threads that check images (default: %(default)s)")
+    parser.set_defaults(run=_run_shard)
+
+
+def _add_encode(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "encode",
+        "turn image shards into token shards",
+        "Encode the image shards in SHARDS with a trained tokenizer; training reads the token shards.",
+        "  hmar-mega data encode shards/train runs/tokenizer tokens/train\n"
+        "  hmar-mega data encode shards/val runs/tokenizer tokens/val",
+    )
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of image shards")
+    parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER", help="folder of a trained tokenizer")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    parser.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default: %(default)s)")
+    parser.add_argument(
+        "--augment",
+        choices=("none", "crop"),
+        default="none",
+        help="none: shorter side to the resolution; crop: to 1.125 times it, then the centre (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    parser.add_argument("--workers", type=int, default=2, help="threads that decode images (default: %(default)s)")
+    parser.set_defaults(run=_run_encode)
+
+
+def _add_info(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "info",
+        "show what a folder of shards holds",
+        "Show the index of a folder of shards.",
+        "  hmar-mega data info tokens/train",
+    )
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of image or token shards")
+    parser.set_defaults(run=_run_info)
+
+
+def _run_demo(args: argparse.Namespace) -> int:
+    from hmar_mega.data.demo import write_demo
+
+    write_demo(args.name, args.out, size=args.size, val_fraction=args.val_fraction, source=args.source)
+    return 0
+
+
+def _run_shard(args: argparse.Namespace) -> int:
+    from hmar_mega.data.shard import shard_images
+
+    shard_images(args.src, args.out, args.samples_per_shard, workers=args.workers)
+    return 0
+
+
+def _run_encode(args: argparse.Namespace) -> int:
+    import torch
+    from hmar_mega.tokenizer.encode import encode_shards
+    from hmar_mega.tokenizer.model import MultiScaleVQVAE
+
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from None
+    tokenizer = MultiScaleVQVAE.load(args.tokenizer).to(device).eval()
+    encode_shards(
+        args.shards,
+        tokenizer,
+        args.out,
+        batch_size=args.batch_size,
+        augment=args.augment,
+        device=device,
+        workers=args.workers,
+    )
+    return 0
+
+
+def _run_info(args: argparse.Namespace) -> int:
+    from hmar_mega.data.index import read_index
+
+    print("\n".join(info_lines(read_index(args.shards))))
+    return 0
+
+
+def info_lines(index: ShardIndex) -> list[str]:
+    """The index as lines of text: facts first, then the shards, of which only the first ten are listed."""
+    facts = [
+        ("kind", index.kind),
+        ("samples", f"{index.samples:,}"),
+        ("shards", f"{len(index.shards):,} ({sum(shard.bytes for shard in index.shards) / 1e6:,.1f} MB)"),
+        ("classes", f"{len(index.classes)}: {_shorten(index.classes)}"),
+        ("skipped", f"{len(index.skipped)} images" if index.skipped else "none"),
+    ]
+    if index.tokens is not None:
+        facts += [
+            ("resolution", f"{index.tokens.resolution} px"),
+            ("patch_nums", " ".join(map(str, index.tokens.patch_nums))),
+            ("codebook", f"{index.tokens.codebook_size} codes"),
+            ("tokenizer", index.tokens.fingerprint),
+        ]
+    lines = [f"{name:<11}{value}" for name, value in facts]
+    lines += ["", f"{'shard':<20}{'samples':>10}{'bytes':>16}  sha256"]
+    for shard in index.shards[:LISTED_SHARDS]:
+        lines.append(f"{shard.name:<20}{shard.samples:>10,}{shard.bytes:>16,}  {shard.sha256[:12]}")
+    if len(index.shards) > LISTED_SHARDS:
+        lines.append(f"… and {len(index.shards) - LISTED_SHARDS} more")
+    return lines
+
+
+def _shorten(names: tuple[str, ...], shown: int = 10) -> str:
+    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")

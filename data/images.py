@@ -1,0 +1,160 @@
+"""From image files to tensors and back, with Pillow and torch alone.
+
+Axes: B batch, R resolution in pixels. Pixels are float32 in [−1, 1], −1 black.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from hmar_mega.data.index import require_kind
+from hmar_mega.data.order import CROP, SampleOrder
+from hmar_mega.data.reader import ImageSample, ShardReader
+from hmar_mega.data.threads import map_ahead
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from hmar_mega.errors import UserError
+from hmar_mega.files import write_atomic
+from hmar_mega.rng import uniform
+
+Augment = Literal["crop", "none"]
+
+#: What Pillow raises for bytes that are no image, or a damaged one.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+#: VAR's and HMAR's: the shorter side becomes 1.125 × resolution before the crop.
+CROP_SCALE = 1.125
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB, turned upright as its EXIF orientation says; what is transparent becomes white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip to 8
+        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_to_tensor(
+    image: Image.Image, resolution: int, augment: Augment, place: tuple[float, float] = (0.5, 0.5)
+) -> Tensor:
+    """Resize (Lanczos) and crop to a square, (3, R, R) float32 in [−1, 1].
+
+    The shorter side becomes round(1.125 · R) with `augment="crop"`, R with "none"; the longer keeps the proportion,
+    rounded down. No flip.
+
+    Args:
+        image: any mode.
+        place: where the crop lies between left and right, and between top and bottom: uniform numbers in [0, 1) for a
+            random crop, each of the possible offsets equally likely; (0.5, 0.5) is the centre.
+    """
+    image = to_rgb(image)
+    shorter = round(CROP_SCALE * resolution) if augment == "crop" else resolution
+    width, height = (side * shorter // min(image.size) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left = int(place[0] * (width - resolution + 1))
+    top = int(place[1] * (height - resolution + 1))
+    pixels = np.array(image.crop((left, top, left + resolution, top + resolution)))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def decode_sample(sample: ImageSample) -> Image.Image:
+    """The decoded image of a sample; UserError, naming shard and key, when it is damaged."""
+    try:
+        image = Image.open(io.BytesIO(sample.data))
+        image.load()
+    except DECODE_ERRORS as err:
+        raise UserError(
+            f"{sample.where} cannot be decoded: {describe_damage(err)}; restore the shard or make it anew"
+        ) from None
+    return image
+
+
+def describe_damage(err: Exception) -> str:
+    """What is wrong with an image, from one of `DECODE_ERRORS`."""
+    if isinstance(err, UnidentifiedImageError):
+        return "not an image"  # Pillow's own message names a memory address
+    return str(err)
+
+
+class ImageStream:
+    """Training images by stream position: the same position always gives the same crop of the same image.
+
+    Args:
+        reader: image shards.
+        order: which sample stands at which position.
+        augment: "crop" crops at a place that is a pure function of (seed, position); "none" at the centre.
+        workers: threads that decode; 0 decodes in the calling thread.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        order: SampleOrder,
+        resolution: int,
+        augment: Augment,
+        seed: int,
+        workers: int = 0,
+    ) -> None:
+        require_kind(reader.folder, reader.index, "images")
+        if order.num_samples != len(reader):
+            raise ValueError(f"the order has {order.num_samples} samples, the reader {len(reader)}")
+        self._reader = reader
+        self._order = order
+        self._resolution = resolution
+        self._augment: Augment = augment
+        self._seed = seed
+        self._workers = workers
+
+    def batch(self, start_position: int, count: int) -> Tensor:
+        """The images at positions `start_position` … `start_position + count − 1`, (count, 3, R, R) in [−1, 1]."""
+        samples = self._order.sample_indices(start_position, count).tolist()
+        places = [(0.5, 0.5)] * count
+        if self._augment == "crop":
+            positions = torch.arange(start_position, start_position + count)
+            places = [(u, v) for u, v in uniform(torch.tensor(self._seed), positions, CROP, 2).tolist()]
+        return torch.stack(list(map_ahead(self._load, zip(samples, places, strict=True), self._workers)))
+
+    def _load(self, item: tuple[int, tuple[float, float]]) -> Tensor:
+        sample, place = item
+        image = decode_sample(self._reader.read_image(sample))
+        return image_to_tensor(image, self._resolution, self._augment, place)
+
+
+def tensor_to_image(image: Tensor, value_range: tuple[float, float]) -> Image.Image:
+    """A (3, H, W) tensor as an 8-bit image; values beyond `value_range`, (−1, 1) or (0, 1), are clipped."""
+    low, high = value_range
+    pixels = ((image.detach().float() - low) / (high - low)).clamp(0, 1).mul(255).round()
+    return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def image_grid(images: Tensor | Sequence[Tensor], columns: int, path: Path, value_range: tuple[float, float]) -> None:
+    """Write images (B, 3, H, W) as one PNG, row by row in a grid with two white pixels between them, atomically.
+
+    Args:
+        value_range: (−1, 1) or (0, 1).
+
+    Raises:
+        UserError: when there is no image or the file cannot be written.
+    """
+    if len(images) == 0 or columns < 1:
+        raise UserError(f"a grid needs images and columns; given are {len(images)} images and {columns} columns")
+    tiles = [tensor_to_image(image, value_range) for image in images]
+    columns, gap = min(columns, len(tiles)), 2
+    rows = -(-len(tiles) // columns)
+    width, height = tiles[0].size
+    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, columns)
+        grid.paste(tile, (column * (width + gap), row * (height + gap)))
+    file = io.BytesIO()
+    grid.save(file, format="PNG")
+    write_atomic(path, file.getvalue())

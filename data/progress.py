@@ -1,0 +1,62 @@
+"""A progress bar on a terminal, one closing line everywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class Tally:
+    """What a long job reports: `advance(n)` while it works, `summary` for the closing line."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.summary = ""
+        self._bar: Progress | None = None
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more items as done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0], count)
+
+
+@contextmanager
+def track(description: str, total: int, enabled: bool = True) -> Iterator[Tally]:
+    """Show a bar with rate and time left on a terminal; at the end print `summary` and the time taken, once.
+
+    Nothing is printed when `enabled` is false or the block raises; without a terminal there is only the closing line.
+    """
+    tally = Tally()
+    begin = time.perf_counter()
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
+    if enabled and console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            bar.add_task(description, total=total)
+            tally._bar = bar
+            yield tally
+    else:
+        yield tally
+    if enabled:
+        console.print(f"{tally.summary} ({time.perf_counter() - begin:.1f} s)", markup=False)
+
+
+class _RateColumn(ProgressColumn):
+    """Items a second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate over the last moments, empty before there is one."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s")

@@ -1,0 +1,211 @@
+"""The command line, `hmar-mega …`. Heavy imports happen inside the commands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hmar_mega import __version__
+from hmar_mega.data.cli import add_data_parser
+from hmar_mega.errors import UserError
+from hmar_mega.tokenizer.cli import add_tokenizer_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 when training failed, 2 for bad input."""
+    args = parse(argv)
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    try:
+        status: int = args.run(args)
+    except UserError as err:
+        if rank == 0:
+            print(f"hmar-mega: {err}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hmar-mega: interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; `key=value` settings may stand anywhere after CONFIG, also behind options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    strange = [text for text in rest if text.startswith("-") or "=" not in text]
+    if rest and (strange or not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="hmar-mega",
+        description="Train HMAR image models at any size and take them home to one GPU.",
+        epilog="example:\n  hmar-mega demo --out demo_out        # everything, small, on this machine",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hmar-mega {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    add_data_parser(commands)
+    add_tokenizer_parser(commands)
+    _add_train(commands)
+    _add_export(commands)
+    _add_sample(commands)
+    _add_edit(commands)
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction, name: str, summary: str, example: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    parser = _add(
+        commands, "demo", "the whole pipeline on real digits: shards, tokenizer, two stages, export, samples, report",
+        "hmar-mega demo --out demo_out",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="new folder (default: demo_out)")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="training processes = tensor-parallel size (default: 2)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="remove OUT first if it exists")
+    parser.set_defaults(run=_run_demo)
+
+
+def _run_demo(args: argparse.Namespace) -> int:
+    from hmar_mega.demo import run_demo
+
+    return run_demo(args.out, args.processes, args.overwrite)
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    parser = _add(
+        commands, "train", "train a transformer, alone or under torchrun",
+        "hmar-mega train train/d16-256 run.dir=runs/d16 data.train=tokens/train tokenizer.path=vae\n"
+        "  torchrun --nproc-per-node 8 -m hmar_mega train train/d16-256 parallel.tensor_parallel=2 run.dir=runs/d16 …",
+    )  # fmt: skip
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a packaged configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    parser.add_argument("--print-config", action="store_true", help="print the full configuration and stop")
+    parser.set_defaults(run=_run_train)
+
+
+def _run_train(args: argparse.Namespace) -> int:
+    from hmar_mega.config import config_to_yaml, load_config
+
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(config_to_yaml(config), end="")
+        return 0
+    from hmar_mega.engine import TrainingError
+    from hmar_mega.train import train_from_config
+
+    try:
+        train_from_config(config)
+    except TrainingError as err:
+        print(f"hmar-mega: {err}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    parser = _add(
+        commands, "export", "write a run's model for one GPU: model.safetensors, config.json, tokenizer/",
+        "hmar-mega export runs/d16-masked models/d16",
+    )  # fmt: skip
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    parser.add_argument(
+        "--checkpoint", default="latest", help="latest (default), best, or a name such as step-00001000"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="number format (default: fp32)"
+    )
+    parser.add_argument("--allow-unfinished", action="store_true", help="export even if training has not ended")
+    parser.set_defaults(run=_run_export)
+
+
+def _run_export(args: argparse.Namespace) -> int:
+    from hmar_mega.checkpoint.export import export_run
+
+    settings = export_run(args.run_dir, args.out, args.checkpoint, args.dtype, args.allow_unfinished)
+    branches = "next-scale and mask branches" if settings["mask_branch"] else "next-scale branch"
+    print(f"exported step {settings['trained']['step']} of {args.run_dir} to {args.out}: {branches}, {args.dtype}")
+    return 0
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg", type=float, help="guidance scale (default: the model's own)")
+    parser.add_argument("--top-k", type=int, help="keep the k most likely tokens, 0 all (default: the model's own)")
+    parser.add_argument(
+        "--top-p", type=float, help="then keep tokens up to this probability (default: the model's own)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default: 0)")
+    parser.add_argument("--device", help="default: the first GPU, else the CPU")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the transformer (default: fp32)"
+    )
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    parser = _add(
+        commands, "sample", "draw images of given classes into one PNG grid",
+        "hmar-mega sample models/d16 --classes 0,3,7 --count 4 --seed 0 --out grid.png",
+    )  # fmt: skip
+    parser.add_argument("model", type=Path, metavar="MODEL", help="exported model")
+    parser.add_argument("--classes", required=True, help="comma-separated class numbers; a row each")
+    parser.add_argument("--count", type=int, default=4, help="images a class (default: 4)")
+    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    _add_sampling(parser)
+    parser.set_defaults(run=_run_sample)
+
+
+def _run_sample(args: argparse.Namespace) -> int:
+    from hmar_mega.inference.commands import sample_grid
+
+    sample_grid(args)
+    return 0
+
+
+def _add_edit(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    parser = _add(
+        commands, "edit", "generate part of an image anew, keeping the rest",
+        "hmar-mega edit models/d16 photo.png --mask mask.png --class 207 --out edited.png",
+    )  # fmt: skip
+    parser.add_argument("model", type=Path, metavar="MODEL", help="exported model")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="image of the model's size")
+    parser.add_argument(
+        "--mask", type=Path, required=True, help="image of the same size: white is generated, black is kept"
+    )
+    parser.add_argument("--class", dest="label", type=int, required=True, help="class of the result")
+    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--no-paste", action="store_true", help="show the decoder's pixels in the kept region too")
+    _add_sampling(parser)
+    parser.set_defaults(run=_run_edit)
+
+
+def _run_edit(args: argparse.Namespace) -> int:
+    from hmar_mega.inference.commands import edit_file
+
+    edit_file(args)
+    return 0

@@ -1,0 +1,238 @@
+"""An exported model with its tokenizer: `load_model(DIR).generate(labels)`. Needs torch and safetensors alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hmar_mega.checkpoint.sources import ExportReader, check_shapes
+from hmar_mega.config import ModelConfig
+from hmar_mega.errors import UserError
+from hmar_mega.inference.sampler import SampleSettings, generate_tokens
+from hmar_mega.model.hmar import HMAR
+from hmar_mega.scales import ScaleSchedule, mask_schedule_for
+from hmar_mega.tokenizer.model import MultiScaleVQVAE
+
+CONFIG_FORMAT = 1
+
+
+class ImageModel:
+    """A trained HMAR and its tokenizer on one device.
+
+    Attributes:
+        model: the transformer, in evaluation mode.
+        tokenizer: the VQ-VAE, float32.
+        settings: the export's `config.json`: sampling defaults, class names, where it came from.
+    """
+
+    def __init__(self, model: HMAR, tokenizer: MultiScaleVQVAE, settings: dict[str, Any]) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer.eval()
+        self.settings = settings
+        self.device = next(model.parameters()).device
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be asked for."""
+        return self.model.config.num_classes
+
+    @property
+    def schedule(self) -> ScaleSchedule:
+        """The scales."""
+        return self.model.schedule
+
+    @torch.inference_mode()
+    def next_scale_logits(self, labels: Tensor, teacher_input: Tensor) -> Tensor:
+        """Teacher-forced logits of the next-scale branch.
+
+        Args:
+            labels: (B,) int64 in [0, num_classes]; num_classes is the unconditional class.
+            teacher_input: (B, N−1, Z), f̂ of the scales before, area-downsampled (`sequence.teacher_input`).
+
+        Returns:
+            (B, N, V) float32.
+        """
+        logits: Tensor = self.model(labels.to(self.device), teacher_input.to(self.device))
+        return logits.transpose(0, 1)
+
+    @torch.inference_mode()
+    def masked_logits(self, labels: Tensor, teacher_input: Tensor, token_features: Tensor, mask: Tensor) -> Tensor:
+        """Logits of the mask branch.
+
+        Args:
+            labels, teacher_input: as in `next_scale_logits`.
+            token_features: (B, N−1, Z), φ_k(e_k)↓ of the tokens (`sequence.token_features`).
+            mask: (B, N−1) bool, True where the token is to be predicted.
+
+        Returns:
+            (B, N, V) float32.
+
+        Raises:
+            UserError: when the model has no mask branch.
+        """
+        if not self.model.has_mask_branch:
+            raise UserError(
+                "this model has no mask branch: it was exported from stage 1; train stage.name=masked on it"
+            )
+        logits: Tensor = self.model(
+            labels.to(self.device),
+            teacher_input.to(self.device),
+            token_features.to(self.device),
+            mask.to(self.device),
+            branch="masked",
+        )
+        return logits.transpose(0, 1)
+
+    def generate(
+        self,
+        labels: Sequence[int] | Tensor,
+        cfg_scale: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        mask_schedule: Iterable[Iterable[int]] | None = None,
+        mask_cfg: float | None = None,
+        seed: int | Sequence[int] | Tensor = 0,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """Sample one image for every label.
+
+        Args:
+            labels: classes, one an image.
+            cfg_scale, top_k, top_p, mask_cfg: see `SampleSettings`; None takes the model's own.
+            mask_schedule: tokens kept by each pass, for the first scales, the others being one pass. None takes the
+                model's own; a model without mask branch always takes one pass a scale.
+            seed: one number s, which gives image i the seed s + i, or one for each image. The random numbers of an
+                image depend on its seed alone, not on its batch.
+            batch_invariant: run every image alone, so that rounding cannot depend on the batch either; costs the
+                whole gain of batching.
+
+        Returns:
+            (B, 3, H, W) float32 in [0, 1].
+
+        Raises:
+            UserError: for classes, seeds or schedules that do not exist.
+        """
+        chosen = self.sample_settings(cfg_scale, top_k, top_p, mask_schedule, mask_cfg)
+        classes, seeds = self.check_labels(labels), image_seeds(seed, len(labels))
+        step = 1 if batch_invariant else max(1, len(classes))
+        images = []
+        for start in range(0, len(classes), step):
+            own, own_seeds = classes[start : start + step], seeds[start : start + step].to(self.device)
+            _, f_hat = generate_tokens(self.model, self.tokenizer.quantizer, own, own_seeds, chosen)
+            images.append(self.to_images(f_hat))
+        return torch.cat(images)
+
+    def sample_settings(
+        self,
+        cfg_scale: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        mask_schedule: Iterable[Iterable[int]] | None = None,
+        mask_cfg: float | None = None,
+    ) -> SampleSettings:
+        """Fill what is None from the model's own defaults, and check all of it."""
+        defaults = self.settings["sampling"]
+        cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
+        top_k = defaults["top_k"] if top_k is None else top_k
+        top_p = defaults["top_p"] if top_p is None else top_p
+        if cfg_scale < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise UserError(
+                f"cfg_scale={cfg_scale}, top_k={top_k}, top_p={top_p}: allowed are cfg_scale ≥ 0, top_k ≥ 0 (0 keeps "
+                "all) and 0 < top_p ≤ 1"
+            )
+        if not self.model.has_mask_branch:
+            if mask_schedule is not None and any(len(tuple(e)) > 1 for e in mask_schedule):
+                raise UserError("this model has no mask branch, so a mask_schedule with several passes cannot be run")
+            given: Any = [[n] for n in self.schedule.scale_lengths]
+        else:
+            given = [tuple(e) for e in mask_schedule] if mask_schedule is not None else defaults["mask_schedule"]
+        try:
+            passes = mask_schedule_for(self.schedule, given)
+        except ValueError as err:
+            raise UserError(str(err)) from None
+        return SampleSettings(
+            cfg_scale, top_k, top_p, passes,
+            defaults["mask_cfg"] if mask_cfg is None else mask_cfg, self.settings["mask_input"],
+        )  # fmt: skip
+
+    def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
+        """Labels as (B,) int64 on the model's device; UserError for classes that do not exist."""
+        classes = torch.as_tensor(labels, dtype=torch.int64).flatten()
+        wrong = sorted({int(c) for c in classes if not 0 <= int(c) < self.num_classes})
+        if wrong:
+            raise UserError(
+                f"class {', '.join(map(str, wrong))} is out of range: this model has {self.num_classes} classes, "
+                f"0 to {self.num_classes - 1}"
+            )
+        return classes.to(self.device)
+
+    def to_images(self, f_hat: Tensor) -> Tensor:
+        """Decode f̂ (B, Z, h, w) to images (B, 3, H, W) in [0, 1]."""
+        with torch.inference_mode():
+            return self.tokenizer.decode(f_hat).add(1).mul(0.5).clamp(0, 1)
+
+
+def load_model(
+    folder: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> ImageModel:
+    """Load an exported model (`hmar-mega export`).
+
+    Args:
+        folder: with model.safetensors, config.json and tokenizer/.
+        device: default the first GPU, else the CPU.
+        dtype: of the transformer; the tokenizer stays float32.
+
+    Raises:
+        UserError: when the folder is no exported model or does not fit its own config.
+    """
+    folder = Path(folder)
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as err:
+        raise UserError(
+            f"{folder} is not an exported model ({err}); make one with: hmar-mega export RUN {folder}"
+        ) from None
+    if settings.get("format") != CONFIG_FORMAT:
+        raise UserError(f"{folder}/config.json has format {settings.get('format')}; this version reads {CONFIG_FORMAT}")
+    tokenizer = MultiScaleVQVAE.load(folder / "tokenizer", device=str(device))
+    if tokenizer.fingerprint != settings["tokenizer_fingerprint"]:
+        raise UserError(
+            f"{folder}/tokenizer has fingerprint {tokenizer.fingerprint}, but the model was trained on tokens of "
+            f"{settings['tokenizer_fingerprint']}; put the tokenizer it was trained with back"
+        )
+    with torch.device("meta"):
+        model = HMAR(
+            ModelConfig.model_validate(settings["model"]),
+            ScaleSchedule(tuple(settings["patch_nums"])),
+            settings["codebook_size"],
+            settings["latent_channels"],
+            mask_branch=settings["mask_branch"],
+        )
+    _fill(model, ExportReader(folder), folder, device, dtype)
+    return ImageModel(model, tokenizer, settings)
+
+
+def image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
+    """(count,) int64: s + i for one number s, or the given ones."""
+    if isinstance(seed, int):
+        return torch.arange(count) + seed
+    seeds = torch.as_tensor(seed, dtype=torch.int64).flatten()
+    if len(seeds) != count:
+        raise UserError(f"{len(seeds)} seeds for {count} images: give one number, or one for each image")
+    return seeds
+
+
+def _fill(model: nn.Module, source: ExportReader, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Put the file's tensors in place of meta ones; buffers are recomputed on the device."""
+    check_shapes(source, {n: tuple(p.shape) for n, p in model.named_parameters()}, folder)
+    for name, parameter in list(model.named_parameters()):
+        owner_name, _, leaf = name.rpartition(".")
+        values = nn.Parameter(source.read(name).to(device, dtype), requires_grad=False)
+        setattr(model.get_submodule(owner_name), leaf, values)
+    model.register_buffer("level_ids", model.schedule.level_ids(device), persistent=False)  # type: ignore[operator, union-attr]

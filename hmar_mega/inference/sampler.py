@@ -1,0 +1,176 @@
+"""Sampling: scale by scale, with classifier-free guidance, truncation and mask passes (SPEC §6). Plain PyTorch.
+
+Works on any HMAR, plain or tensor-parallel (then every rank of the group calls it and draws the same). Nothing here
+waits for the device. Axes: B images, n tokens of a scale, V codebook, Z latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hmar_mega.model.attention import ScaleAttention
+from hmar_mega.model.hmar import HMAR, Branch
+from hmar_mega.rng import Purpose, uniform
+from hmar_mega.sequence import Codes, MaskInput, to_positions
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How to sample.
+
+    Attributes:
+        cfg_scale: guidance; at scale k of K the strength is t = cfg·(k−1)/(K−1), logits (1+t)·cond − t·uncond.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: then keep the most likely tokens until their probability reaches p; 1 keeps all.
+        mask_schedule: tokens that each pass keeps, one tuple a scale, each summing to p_k².
+        mask_cfg: guidance of the mask passes; 0 skips their unconditional half.
+        mask_input: how the mask branch was trained, see `sequence.token_features`.
+    """
+
+    cfg_scale: float
+    top_k: int
+    top_p: float
+    mask_schedule: tuple[tuple[int, ...], ...]
+    mask_cfg: float = 0.0
+    mask_input: MaskInput = "leak_free"
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: HMAR,
+    codes: Codes,
+    labels_B: Tensor,
+    seeds_B: Tensor,
+    settings: SampleSettings,
+    forced_tokens_BN: Tensor | None = None,
+    forced_BN: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample token maps.
+
+    Args:
+        labels_B: (B,) int64 classes on the model's device.
+        seeds_B: (B,) int64; an image's random numbers depend on its seed alone.
+        forced_tokens_BN, forced_BN: (B, N) tokens, and True where they are forced instead of sampled.
+
+    Returns:
+        tokens (B, N) int64 and f̂ (B, Z, h, w) float32.
+    """
+    state = _State(model, codes, labels_B, seeds_B, settings)
+    tokens = []
+    for scale, passes in enumerate(settings.mask_schedule):
+        span = model.schedule.span(scale)
+        forced = forced_BN[:, span] if forced_BN is not None else None
+        given = forced_tokens_BN[:, span] if forced_tokens_BN is not None else None
+        tokens.append(_sample_scale(state, scale, passes, given, forced))
+        state.add(scale, tokens[-1])
+    assert state.f_hat is not None
+    return torch.cat(tokens, dim=1), state.f_hat
+
+
+def sample_truncated(logits: Tensor, numbers: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Draw from softmax(logits) truncated to top-k, then top-p, by inverting its distribution function.
+
+    Args:
+        logits: (B, n, V) float32.
+        numbers: (B, n) uniform in [0, 1).
+
+    Returns:
+        tokens (B, n) int64 and their probability after truncation (B, n) float32.
+    """
+    ordered, index = logits.sort(dim=-1, descending=True)
+    if 0 < top_k < logits.shape[-1]:
+        ordered = ordered.masked_fill(ordered < ordered[..., top_k - 1 : top_k], float("-inf"))
+    probability = ordered.softmax(-1)
+    if top_p < 1:
+        before = probability.cumsum(-1) - probability
+        probability = probability * (before < top_p)
+    total = probability.cumsum(-1)
+    # the last entry that can be drawn is the last with any probability, whatever the rounding of the sum
+    last = (probability > 0).sum(-1, keepdim=True) - 1
+    rank = (total <= numbers[..., None] * total[..., -1:]).sum(-1, keepdim=True).minimum(last)
+    drawn = probability.gather(-1, rank) / total[..., -1:]
+    return index.gather(-1, rank)[..., 0], drawn[..., 0]
+
+
+class _State:
+    """What sampling carries from scale to scale."""
+
+    def __init__(self, model: HMAR, codes: Codes, labels_B: Tensor, seeds_B: Tensor, settings: SampleSettings) -> None:
+        self.model, self.codes, self.settings, self.seeds = model, codes, settings, seeds_B
+        pattern = model.config.attention.pattern
+        self.cached = pattern == "block_causal"
+        self.attend = ScaleAttention(pattern)
+        unconditional = torch.full_like(labels_B, model.config.num_classes)
+        self.cond = model.condition(torch.cat([labels_B, unconditional]))
+        self.f_hat: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.seeds.shape[0]
+
+    def add(self, scale: int, tokens: Tensor) -> None:
+        """f̂ += φ_k(up(e_k))."""
+        features = self.codes.scale_features(scale, tokens)
+        self.f_hat = features if self.f_hat is None else self.f_hat + features
+
+    def logits(
+        self, scale: int, branch: Branch, guidance: float, features: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Guided logits (B, n, V) of one scale; without guidance the unconditional half is not run."""
+        strength = guidance * scale / (self.model.schedule.num_scales - 1)
+        halves = 2 if strength > 0 or (self.cached and self.settings.cfg_scale > 0) else 1
+        cond = self.cond[: halves * self.batch]
+
+        def repeat(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.repeat(halves, *[1] * (x.ndim - 1))
+
+        given = None
+        if self.f_hat is not None:
+            given = repeat(to_positions(self.f_hat, self.model.schedule.patch_nums[scale]))
+        x = self.model.embed(self.model.schedule.span(scale), cond, given, repeat(features), repeat(mask))
+        local = self.model.run(x, cond, branch, self.attend)
+        logits = self.model.layers.gather_vocabulary(local)[..., : self.model.codebook_size].transpose(0, 1)
+        if halves == 1:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return (1 + strength) * conditional - strength * unconditional
+
+    def draw(self, logits: Tensor, scale: int, attempt: int) -> tuple[Tensor, Tensor]:
+        """Tokens and confidences from the numbers of (seed, scale, pass)."""
+        purpose = int(Purpose.SAMPLE) + 64 * scale + attempt
+        numbers = uniform(self.seeds, torch.zeros_like(self.seeds), purpose, logits.shape[1])
+        return sample_truncated(logits, numbers, self.settings.top_k, self.settings.top_p)
+
+
+def _sample_scale(
+    state: _State, scale: int, passes: Sequence[int], given: Tensor | None, forced: Tensor | None
+) -> Tensor:
+    """One scale: a next-scale pass, then mask passes on what was not confident enough; (B, n) int64."""
+    settings = state.settings
+    tokens, confidence = state.draw(state.logits(scale, "next_scale", settings.cfg_scale), scale, 0)
+    if forced is not None and given is not None:
+        tokens = torch.where(forced, given, tokens)
+        confidence = confidence.masked_fill(forced, float("inf"))
+    target = 0
+    for attempt, count in enumerate(passes[:-1], 1):
+        target += count
+        rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        # everything kept before ranks first; forced tokens stay even beyond the count
+        kept = (rank < target) | confidence.isinf()
+        features = _token_features(state, scale, tokens, kept)
+        logits = state.logits(scale, "masked", settings.mask_cfg, features, ~kept)
+        again, sure = state.draw(logits, scale, attempt)
+        tokens = torch.where(kept, tokens, again)
+        confidence = torch.where(kept, float("inf"), sure)
+    return tokens
+
+
+def _token_features(state: _State, scale: int, tokens: Tensor, kept: Tensor) -> Tensor:
+    """φ_k(e_k)↓ of the kept tokens, (B, n, Z); rejected codes are zeroed first unless the model leaked them in training."""
+    keep = kept if state.settings.mask_input == "leak_free" else None
+    features = state.codes.scale_features(scale, tokens, keep)
+    return to_positions(features, state.model.schedule.patch_nums[scale])

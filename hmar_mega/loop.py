@@ -1,0 +1,211 @@
+"""The training loop, top to bottom: read, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hmar_mega.checkpoint.canonical import point_to, save_checkpoint, step_name
+from hmar_mega.checkpoint.sources import BEST
+from hmar_mega.config import Config
+from hmar_mega.data.reader import StreamLoader
+from hmar_mega.engine import Engine
+from hmar_mega.flops import device_peak, train_flops_per_image
+from hmar_mega.metrics import MetricsLog
+from hmar_mega.objective import Objective, TokenBatch, per_scale_sums
+from hmar_mega.parallel.dims import ParallelDims
+
+log = logging.getLogger(__name__)
+
+
+class Sampler(Protocol):
+    """Draws the sample grid of a step into a file."""
+
+    def __call__(self, path: Path) -> None:
+        """Sample with the run's fixed seeds and write a PNG."""
+
+
+@dataclass
+class Progress:
+    """What the loop remembers besides weights: the best validation loss, and the step last saved."""
+
+    best_loss: float = float("inf")
+    saved_step: int = -1
+
+
+@dataclass
+class Run:
+    """Everything the loop works with."""
+
+    config: Config
+    folder: Path
+    dims: ParallelDims
+    engine: Engine
+    objective: Objective
+    loader: StreamLoader
+    validation: Any  #: () → iterable of TokenBatch, or None
+    sampler: Sampler | None
+    last_step: int
+    state: dict[str, Any]  #: what every checkpoint's state.json records
+    metrics: MetricsLog | None = None
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass
+class Window:
+    """Sums since the last log line; device tensors, so that no step waits for the device."""
+
+    loss: Tensor
+    scales: Tensor
+    started: float
+    steps: int = 0
+    waited: float = 0.0
+    grad_norm: float = 0.0
+
+
+def train(run: Run) -> None:
+    """Train from `run.engine.step` to `run.last_step`."""
+    config, engine = run.config, run.engine
+    engine.model.train()
+    window = _open_window(run)
+    while engine.step < run.last_step:
+        lr = engine.learning_rate
+        batches = next(run.loader)
+        window.waited += run.loader.wait_seconds
+
+        def loss_of(batch: TokenBatch, window: Window = window) -> Tensor:
+            scores = run.objective.training(engine.deepspeed, batch)
+            loss = scores.loss.mean()
+            window.loss += loss.detach().double()
+            window.scales += per_scale_sums(scores, run.objective)
+            return loss
+
+        window.grad_norm = engine.train_step(batches, loss_of)
+        window.steps += 1
+        step, done = engine.step, engine.step == run.last_step
+        if step % config.logging.interval == 0 or done:
+            _log_line(run, window, lr)
+            window = _open_window(run)
+        if step % config.eval.interval == 0 or done:
+            _evaluate(run)
+            window.started = time.perf_counter()
+        if step % config.checkpoint.interval == 0 or done:
+            _save(run)
+            window.started = time.perf_counter()
+
+
+def _open_window(run: Run) -> Window:
+    device = run.dims.device
+    return Window(
+        torch.zeros((), dtype=torch.float64, device=device),
+        torch.zeros(2, run.objective.schedule.num_scales, dtype=torch.float64, device=device),
+        time.perf_counter(),
+    )
+
+
+def _log_line(run: Run, window: Window, lr: float) -> None:
+    """One readable line and one row of figures; collective over data-parallel ranks."""
+    config, engine = run.config, run.engine
+    sums = torch.cat([window.loss.view(1), window.scales.flatten()])
+    dist.all_reduce(sums)
+    copies = run.dims.world_size * window.steps * engine.accumulation
+    loss = float(sums[0]) / copies
+    totals, counts = sums[1:].view(2, -1).tolist()
+    scales = [total / count if count else float("nan") for total, count in zip(totals, counts, strict=True)]
+    seconds = time.perf_counter() - window.started
+    batch = config.data.global_batch_size
+    values: dict[str, Any] = {
+        "images": engine.step * batch,
+        "loss": loss,
+        "scale_loss": [s for s in scales if s == s],
+        "grad_norm": window.grad_norm,
+        "lr": lr,
+        "images_per_second": window.steps * batch / seconds,
+        "data_wait": window.waited / seconds,
+    }
+    peak = device_peak(run.dims.device)
+    if peak is not None:
+        flops = train_flops_per_image(config) * values["images_per_second"]
+        values["mfu"] = flops / (peak * run.dims.world_size)
+    if run.metrics is None:
+        return
+    run.metrics.write("train", engine.step, values)
+    mfu = f" | mfu {values['mfu']:.1%}" if "mfu" in values else ""
+    log.info(
+        "step %*d/%d | images %s | loss %.4f | scales %s | grad %.2f | lr %.2e | %.0f img/s%s | wait %.0f%%",
+        len(str(run.last_step)), engine.step, run.last_step, f"{values['images']:,}", loss,
+        " ".join("-" if s != s else f"{s:.2f}" for s in scales), window.grad_norm, lr,
+        values["images_per_second"], mfu, 100 * values["data_wait"],
+    )  # fmt: skip
+
+
+def _evaluate(run: Run) -> None:
+    """Validation losses, the best checkpoint and the sample grid."""
+    model, step = run.engine.model, run.engine.step
+    model.eval()
+    if run.validation is not None:
+        losses = validation_losses(run.objective, model, run.validation(), run.dims)
+        if run.metrics is not None:
+            run.metrics.write("val", step, losses)
+            log.info(
+                "step %d | validation: all scales %.4f, last scale %.4f",
+                step,
+                losses["all_scales"],
+                losses["last_scale"],
+            )
+        if losses["all_scales"] < run.progress.best_loss:
+            run.progress.best_loss = losses["all_scales"]
+            checkpoint = _save(run)
+            if run.dims.is_main:
+                point_to(run.folder, BEST, checkpoint)
+    if run.sampler is not None and run.dims.dp_rank == 0:
+        run.sampler(run.folder / "grids" / f"step-{step:08d}.png")
+    model.train()
+
+
+def validation_losses(
+    objective: Objective, model: torch.nn.Module, batches: Iterable[TokenBatch], dims: ParallelDims
+) -> dict[str, Any]:
+    """Mean cross-entropy in nats per token over all scales, at the last scale and at each; collective.
+
+    In stage 2 the tokens are those that the mask leaves to predict; a scale without any counts nothing.
+    """
+    sums = torch.zeros(2, objective.schedule.num_scales, dtype=torch.float64, device=dims.device)
+    for batch in batches:
+        sums += per_scale_sums(objective.evaluation(model, batch), objective)
+    dist.all_reduce(sums)
+    totals, counts = sums.tolist()
+    scales = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
+    return {
+        "all_scales": sum(totals) / sum(counts),
+        "last_scale": scales[-1],
+        "scale_loss": [s for s in scales if s is not None],
+    }
+
+
+def _save(run: Run) -> Path:
+    """Write the checkpoint of this step, unless it was written a moment ago for being the best."""
+    name = run.folder / "checkpoints" / step_name(run.engine.step)
+    if run.progress.saved_step == run.engine.step:
+        return name
+    batch = run.config.data.global_batch_size
+    state = {
+        **run.state,
+        "images_seen": run.engine.step * batch,
+        "finished": run.engine.step == run.last_step,
+        "best_loss": run.progress.best_loss if run.progress.best_loss < float("inf") else None,
+        "stream": run.loader.state(),
+    }
+    folder = save_checkpoint(run.folder, run.engine, state, run.config.checkpoint.keep_last)
+    run.progress.saved_step = run.engine.step
+    if run.dims.is_main:
+        log.info("step %d | saved %s", run.engine.step, folder.name)
+    return folder

@@ -1,0 +1,98 @@
+"""Where a run's figures go: a readable line, metrics.jsonl, TensorBoard and, by choice, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hmar_mega.config import Config
+from hmar_mega.errors import UserError
+from hmar_mega.files import write_atomic
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """The figures of one run; only the main process makes one.
+
+    Args:
+        run: run directory.
+        resumed_step: records after this step, of steps that are run again, are dropped.
+    """
+
+    def __init__(self, run: Path, config: Config, resumed_step: int) -> None:
+        self._path = run / "metrics.jsonl"
+        if self._path.exists():
+            kept = [r for r in read_metrics(run) if r["step"] <= resumed_step]
+            write_atomic(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._file = self._path.open("a")
+        self._tensorboard: Any = None
+        if config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+        self._wandb = _start_wandb(run, config) if config.logging.wandb != "off" else None
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Record one row of `kind` (`train`, `val`); numbers and lists of numbers are plotted."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+        flat = dict(_flatten(kind, values))
+        if self._tensorboard is not None:
+            for name, value in flat.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(flat, step=step)
+
+    def close(self) -> None:
+        """Flush and finish everything."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            log.warning("metrics.jsonl of %s has a line cut short; it is left out", run)
+    return rows
+
+
+def _flatten(kind: str, values: Mapping[str, Any]) -> list[tuple[str, float]]:
+    flat: list[tuple[str, float]] = []
+    for key, value in values.items():
+        if isinstance(value, bool | str):
+            continue
+        if isinstance(value, int | float):
+            flat.append((f"{kind}/{key}", float(value)))
+        elif isinstance(value, list):
+            flat += [(f"{kind}/{key}/{i + 1}", float(v)) for i, v in enumerate(value)]
+    return flat
+
+
+def _start_wandb(run: Path, config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            f"logging.wandb={config.logging.wandb} needs the wandb package: pip install 'hmar-mega[wandb]', "
+            "or set logging.wandb=off"
+        ) from None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return wandb.init(
+        project=config.logging.wandb_project,
+        name=run.name,
+        dir=str(run),
+        mode=config.logging.wandb,
+        config=config.model_dump(mode="json"),
+    )

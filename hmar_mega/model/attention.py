@@ -1,0 +1,125 @@
+"""Scale-block attention: one entry, several backends.
+
+Axes: N sequence, B batch, H heads (of this tensor-parallel rank), D head dim; activations are sequence-first, so every
+scale is one contiguous (p_k², B, …) block. q and k are L2-normalised per head and q is multiplied by a learned scale,
+so no further softmax scale is applied (SPEC §3; VAR's `attn_l2_norm`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hmar_mega.scales import Pattern, ScaleSchedule
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["auto", "reference", "sdpa"]
+
+
+def scale_block_attention(
+    qkv_NB3HD: Tensor, q_scale_H: Tensor, schedule: ScaleSchedule, pattern: Pattern, backend: Backend = "auto"
+) -> Tensor:
+    """Attention within each scale (`block_diagonal`, HMAR) or over it and all earlier ones (`block_causal`, VAR).
+
+    Args:
+        qkv_NB3HD: packed projection (N, B, 3, H, D), bias added, not normalised.
+        q_scale_H: (H,) linear scale of the normalised queries, exp(min(a, ln 100)).
+        schedule: the scales; N must be its number of tokens.
+        pattern: which scales a token sees.
+        backend: `reference` (dense mask, any device, the truth in tests), `sdpa` (one fused call a scale) or `auto`.
+
+    Returns:
+        (N, B, H·D) in the dtype of `qkv`.
+    """
+    if qkv_NB3HD.shape[0] != schedule.num_tokens:
+        raise ValueError(f"qkv has {qkv_NB3HD.shape[0]} positions, the schedule {schedule.num_tokens}")
+    chosen = _choose(schedule, pattern) if backend == "auto" else backend
+    return _BACKENDS[chosen](qkv_NB3HD, q_scale_H, schedule, pattern)
+
+
+def split_normalised(qkv_NB3HD: Tensor, q_scale_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (unit length × scale), k (unit length) and v, each (B, H, N, D); norms in float32."""
+    q, k, v = qkv_NB3HD.permute(2, 1, 3, 0, 4)
+    q = F.normalize(q.float(), dim=-1) * q_scale_H.float()[:, None, None]
+    k = F.normalize(k.float(), dim=-1)
+    return q.to(v.dtype), k.to(v.dtype), v
+
+
+def _reference(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
+    q, k, v = split_normalised(qkv, q_scale)
+    logits = q.float() @ k.float().transpose(-1, -2) if qkv.dtype != torch.float64 else q @ k.transpose(-1, -2)
+    mask = schedule.attention_mask(pattern, qkv.device)
+    weights = logits.masked_fill(~mask, float("-inf")).softmax(-1)
+    return _merge_heads((weights @ v.to(weights.dtype)).to(v.dtype))
+
+
+def _sdpa(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
+    q, k, v = split_normalised(qkv, q_scale)
+    out = []
+    for scale in range(schedule.num_scales):
+        own = schedule.span(scale)
+        seen = own if pattern == "block_diagonal" else slice(0, own.stop)
+        out.append(F.scaled_dot_product_attention(q[:, :, own], k[:, :, seen], v[:, :, seen], scale=1.0))
+    return _merge_heads(torch.cat(out, dim=2))
+
+
+_BACKENDS: dict[str, Callable[[Tensor, Tensor, ScaleSchedule, Pattern], Tensor]] = {
+    "reference": _reference,
+    "sdpa": _sdpa,
+}
+
+
+@cache
+def _choose(schedule: ScaleSchedule, pattern: Pattern) -> str:
+    log.info("attention.backend=auto: sdpa, one fused call for each of %d scales (%s)", schedule.num_scales, pattern)
+    return "sdpa"
+
+
+def _merge_heads(out_BHND: Tensor) -> Tensor:
+    return out_BHND.permute(2, 0, 1, 3).flatten(2)
+
+
+class Attend(Protocol):
+    """How a block's packed projection becomes its attention output."""
+
+    def __call__(self, layer: str, qkv_NB3HD: Tensor, q_scale_H: Tensor) -> Tensor:
+        """(N, B, 3, H, D), (H,) → (N, B, H·D); `layer` names the block, for caches."""
+
+
+@dataclass(frozen=True)
+class SequenceAttention:
+    """All scales at once: training and teacher forcing."""
+
+    schedule: ScaleSchedule
+    pattern: Pattern
+    backend: Backend = "auto"
+
+    def __call__(self, layer: str, qkv_NB3HD: Tensor, q_scale_H: Tensor) -> Tensor:
+        """See `scale_block_attention`."""
+        return scale_block_attention(qkv_NB3HD, q_scale_H, self.schedule, self.pattern, self.backend)
+
+
+@dataclass
+class ScaleAttention:
+    """One scale at a time: sampling. Block-causal models keep the keys and values of earlier scales."""
+
+    pattern: Pattern
+    cache: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, layer: str, qkv_NB3HD: Tensor, q_scale_H: Tensor) -> Tensor:
+        """Dense attention over the given scale, and over the cached ones when block-causal."""
+        q, k, v = split_normalised(qkv_NB3HD, q_scale_H)
+        if self.pattern == "block_causal":
+            if layer in self.cache:
+                past_k, past_v = self.cache[layer]
+                k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+            self.cache[layer] = (k, v)
+        return _merge_heads(F.scaled_dot_product_attention(q, k, v, scale=1.0))

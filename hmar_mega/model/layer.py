@@ -1,0 +1,109 @@
+"""One AdaLN transformer block (SPEC §3) over whatever linears it is given.
+
+Axes: N sequence, B batch, C width. γ1 γ2 s1 s2 b1 b2 are chunks of Linear(SiLU(cond)):
+    x += drop_path(γ1 · Attn(LN(x)·(1 + s1) + b1));  x += drop_path(γ2 · FFN(LN(x)·(1 + s2) + b2))
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hmar_mega.config import ModelConfig
+from hmar_mega.model.attention import Attend
+from hmar_mega.model.initialize import Initializer
+from hmar_mega.model.layers_torch import Layers
+
+LAYER_NORM_EPS = 1e-6
+MAX_LOG_SCALE = math.log(100)
+
+
+class Attention(nn.Module):
+    """QKV without bias plus learned q and v biases, cosine attention with a learned scale per head, projection."""
+
+    def __init__(self, name: str, config: ModelConfig, layers: Layers, init: Initializer) -> None:
+        super().__init__()
+        width, depth = config.resolved_width, config.depth
+        self.name = name
+        self.local_heads = config.resolved_heads // layers.tensor_parallel
+        self.head_dim = config.head_dim
+        self.log_scale = layers.vector(config.resolved_heads, math.log(4))
+        self.q_bias = layers.vector(width, 0.0)
+        self.v_bias = layers.vector(width, 0.0)
+        self.qkv = layers.column(width, 3 * width, init.normal(f"{name}.qkv.weight"), bias=False, stride=3)
+        self.proj = layers.row(width, width, init.normal(f"{name}.proj.weight", 1 / math.sqrt(2 * depth)))
+
+    def forward(self, x_NBC: Tensor, attend: Attend) -> Tensor:
+        """(N, B, C) → (N, B, C)."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = (self.qkv(x_NBC) + bias).unflatten(-1, (3, self.local_heads, self.head_dim))
+        return self.proj(attend(self.name, qkv, self.q_scale()))
+
+    def q_scale(self) -> Tensor:
+        """Linear scale of the normalised queries, (H/tp,) = exp(min(a, ln 100))."""
+        return self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, name: str, config: ModelConfig, layers: Layers, init: Initializer) -> None:
+        super().__init__()
+        width, hidden = config.resolved_width, config.ffn_width
+        self.fc1 = layers.column(width, hidden, init.normal(f"{name}.fc1.weight"), bias=True)
+        self.fc2 = layers.row(hidden, width, init.normal(f"{name}.fc2.weight", 1 / math.sqrt(2 * config.depth)))
+
+    def forward(self, x_NBC: Tensor) -> Tensor:
+        """(N, B, C) → (N, B, C)."""
+        return self.fc2(F.gelu(self.fc1(x_NBC), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, modulated by the class condition.
+
+    With `shared_aln` the modulation comes from one linear of the model and the block only adds `ada_gss` (1, 1, 6, C).
+    """
+
+    def __init__(self, name: str, config: ModelConfig, layers: Layers, init: Initializer) -> None:
+        super().__init__()
+        self.attn = Attention(f"{name}.attn", config, layers, init)
+        self.ffn = FeedForward(f"{name}.ffn", config, layers, init)
+        width = config.resolved_width
+        factors = [config.gamma_init] * 2 + [0.5] * 4
+        if config.shared_aln:
+            # randn/√C, while the initializer draws with its own std
+            unit = 1 / (init.std * math.sqrt(width))
+            self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, width))
+            init.normal(f"{name}.ada_gss", [unit * f for f in factors])(self.ada_gss.data.view(6, width))
+        else:
+            fill = init.normal(f"{name}.ada_lin.weight", factors)
+            self.ada_lin = layers.column(width, 6 * width, fill, bias=True, gather=True)
+
+    def modulation(self, cond_BC: Tensor, shared_B6C: Tensor | None) -> tuple[Tensor, ...]:
+        """γ1 γ2 s1 s2 b1 b2, each (B, C), from SiLU(cond) or from the model's shared linear."""
+        if shared_B6C is not None:
+            return (shared_B6C + self.ada_gss[0]).unbind(1)
+        return self.ada_lin(F.silu(cond_BC)).chunk(6, dim=-1)
+
+    def forward(
+        self, x_NBC: Tensor, modulation: tuple[Tensor, ...], attend: Attend, drop_path_2B: Tensor | None = None
+    ) -> Tensor:
+        """(N, B, C) → (N, B, C).
+
+        Args:
+            drop_path_2B: factor of each sample's attention and feed-forward residual, 0 or 1/keep; None: 1.
+        """
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        if drop_path_2B is not None:
+            gamma1 = gamma1 * drop_path_2B[0, :, None].to(gamma1.dtype)
+            gamma2 = gamma2 * drop_path_2B[1, :, None].to(gamma2.dtype)
+        x_NBC = x_NBC + gamma1 * self.attn(modulated_norm(x_NBC, scale1, shift1), attend)
+        return x_NBC + gamma2 * self.ffn(modulated_norm(x_NBC, scale2, shift2))
+
+
+def modulated_norm(x_NBC: Tensor, scale_BC: Tensor, shift_BC: Tensor) -> Tensor:
+    """LN(x)·(1 + scale) + shift, LN without affine, eps 1e-6."""
+    return F.layer_norm(x_NBC, x_NBC.shape[-1:], eps=LAYER_NORM_EPS) * (1 + scale_BC) + shift_BC

@@ -1,0 +1,220 @@
+"""Set-up of a training run: folders, data, tokenizer, model, engine, resume. Then `loop.train`.
+
+hmar-mega train configs/demo.yaml run.dir=runs/demo
+torchrun --nproc-per-node 2 -m hmar_mega train demo parallel.tensor_parallel=2 run.dir=runs/demo
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hmar_mega import loop
+from hmar_mega.checkpoint.canonical import load_optimizer, load_weights
+from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint, open_weights
+from hmar_mega.config import Config, config_to_yaml
+from hmar_mega.data.reader import SampleOrder, ShardReader, StreamLoader, check_fingerprint, eval_batches
+from hmar_mega.engine import Engine, micro_batch_size
+from hmar_mega.errors import UserError
+from hmar_mega.files import write_atomic
+from hmar_mega.inference.grid import GridSampler
+from hmar_mega.metrics import MetricsLog
+from hmar_mega.model.hmar import HMAR
+from hmar_mega.model.layers_mcore import McoreLayers
+from hmar_mega.objective import Objective
+from hmar_mega.parallel.dims import ParallelDims, parallel_world
+from hmar_mega.schedules import Schedule
+from hmar_mega.tokenizer.model import MultiScaleVQVAE
+from hmar_mega.versions import git_revision, installed_versions
+
+log = logging.getLogger(__name__)
+
+MAX_EVAL_SAMPLES = 50_000
+
+
+def train_from_config(config: Config) -> Path:
+    """Train as `config` says, in every process that torchrun started.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError: for input that cannot be used, before anything is written.
+        TrainingError: when training cannot go on.
+    """
+    folder = _check_paths(config)
+    tokenizer = MultiScaleVQVAE.load(Path(str(config.tokenizer.path)))
+    data = _open_shards(config.data.train, "data.train", config, tokenizer)
+    validation = _open_shards(config.data.val, "data.val", config, tokenizer) if config.data.val else None
+    _check_tokenizer_config(config, tokenizer)
+    config = _with_resolved(config, tokenizer)
+    with parallel_world(config) as dims:
+        schedule = Schedule.of(config, len(data))
+        last_step = min(schedule.total_steps, config.optim.max_steps or schedule.total_steps)
+        _refuse_overwriting(config, folder)
+        tokenizer = tokenizer.to(dims.device)
+        engine, start, best = _build_engine(config, folder, dims, schedule)
+        run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step)
+        run.progress.best_loss = best
+        if dims.is_main:
+            _write_run_files(config, folder, run.state)
+            run.metrics = MetricsLog(folder, config, start)
+        dist.barrier()
+        with contextlib.closing(run.metrics) if run.metrics is not None else contextlib.nullcontext():
+            if engine.step >= last_step and dims.is_main:
+                log.info("run %s is already finished at step %d", folder, engine.step)
+            loop.train(run)
+    return folder
+
+
+def build_model(config: Config, layers: Any) -> HMAR:
+    """The model of `config`; in stage 2 with the mask branch, everything else frozen."""
+    model = HMAR(
+        config.model, config.schedule.scales, config.tokenizer.codebook_size, config.tokenizer.latent_channels,
+        mask_branch=config.stage.name == "masked", layers=layers, seed=config.run.seed,
+    )  # fmt: skip
+    if config.stage.name == "masked":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("mask_"))
+    return model
+
+
+def _build_engine(config: Config, folder: Path, dims: ParallelDims, schedule: Schedule) -> tuple[Engine, int, float]:
+    """Model with its starting weights, the engine around it, the step it stands at and the best loss so far."""
+    model = build_model(config, McoreLayers())
+    checkpoint = find_checkpoint(folder)
+    reader = CheckpointReader(checkpoint) if checkpoint is not None else None
+    if reader is not None:
+        load_weights(model, reader, dims, folder)
+    elif config.run.init_from is not None:
+        _initialise(model, config.run.init_from, dims)
+    if dims.is_main:
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        log.info("model: %.2f M parameters on this rank, %.2f M trained", total / 1e6, trained / 1e6)
+    model = model.to(dims.device)
+    engine = Engine(model, config, dims, schedule)
+    if reader is None:
+        return engine, 0, float("inf")
+    load_optimizer(engine, reader)
+    if dims.is_main:
+        log.info("resumed %s at step %d", folder, engine.step)
+    best = reader.state.get("best_loss")
+    return engine, engine.step, float("inf") if best is None else float(best)
+
+
+def _initialise(model: HMAR, path: str, dims: ParallelDims) -> None:
+    """Weights from another run; the mask branch of a next-scale model starts from its last blocks and head."""
+    source = open_weights(path)
+    renames: dict[str, str] = {}
+    if model.has_mask_branch and "mask_embed" not in source.shapes:
+        renames = {**model.mask_branch_names(), "mask_embed": ""}
+    load_weights(model, source, dims, path, renames)
+    if dims.is_main:
+        branch = "; the mask branch starts from the next-scale branch" if renames else ""
+        log.info("weights from %s%s", path, branch)
+
+
+def _assemble(
+    config: Config, folder: Path, dims: ParallelDims, engine: Engine, tokenizer: MultiScaleVQVAE,
+    data: ShardReader, validation: ShardReader | None, last_step: int,
+) -> loop.Run:  # fmt: skip
+    loader = StreamLoader(
+        data, SampleOrder(len(data), config.run.seed), config.data.global_batch_size,
+        micro_batch_size(config, dims.data_parallel), dims.dp_rank, dims.data_parallel,
+        start_position=engine.step * config.data.global_batch_size, workers=config.data.workers,
+    )  # fmt: skip
+    batches = None
+    if validation is not None:
+        limit = min(config.eval.num_samples or MAX_EVAL_SAMPLES, len(validation))
+        batches = functools.partial(
+            eval_batches, validation, config.eval.batch_size, dims.dp_rank, dims.data_parallel, limit
+        )
+    model: Any = engine.model
+    return loop.Run(
+        config=config, folder=folder, dims=dims, engine=engine,
+        objective=Objective(config, tokenizer.quantizer, model.layers, dims.device),
+        loader=loader, validation=batches,
+        sampler=GridSampler(model, tokenizer, config, dims.is_main) if config.eval.grid_count else None,
+        last_step=last_step,
+        state={
+            "last_step": last_step,
+            "config": config.model_dump(mode="json"),
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "classes": list(data.index.classes),
+            "versions": installed_versions(),
+            "revision": git_revision(),
+        },
+    )  # fmt: skip
+
+
+def _check_paths(config: Config) -> Path:
+    """What a training configuration must name; returns the run directory."""
+    if config.run.dir is None:
+        raise UserError("run.dir is not set: say where the run goes, for example run.dir=runs/d16")
+    if config.tokenizer.path is None:
+        raise UserError("tokenizer.path is not set: give the folder of a trained tokenizer (hmar-mega tokenizer train)")
+    if config.data.train is None:
+        raise UserError("data.train is not set: give a folder of token shards (hmar-mega data encode)")
+    if config.stage.name == "masked" and config.run.init_from is None:
+        raise UserError(
+            "stage.name=masked starts from a trained next-scale model: set run.init_from to its run directory"
+        )
+    if config.run.init_from is not None:
+        open_weights(config.run.init_from)
+    return Path(config.run.dir)
+
+
+def _open_shards(path: str | None, key: str, config: Config, tokenizer: MultiScaleVQVAE) -> ShardReader:
+    reader = ShardReader(Path(str(path)), "tokens")
+    check_fingerprint(reader.index, tokenizer.fingerprint, config.schedule.scales.patch_nums)
+    if len(reader.index.classes) > config.model.num_classes:
+        raise UserError(
+            f"{key}={path} has {len(reader.index.classes)} classes, model.num_classes={config.model.num_classes}; "
+            f"set model.num_classes={len(reader.index.classes)}"
+        )
+    return reader
+
+
+def _check_tokenizer_config(config: Config, tokenizer: MultiScaleVQVAE) -> None:
+    ours, theirs = config.schedule.scales.patch_nums, tokenizer.schedule.patch_nums
+    if ours != theirs:
+        raise UserError(
+            f"schedule.patch_nums={ours}, but the tokenizer was made for {theirs}; set schedule.patch_nums to that"
+        )
+
+
+def _with_resolved(config: Config, tokenizer: MultiScaleVQVAE) -> Config:
+    """The tokenizer section as the trained tokenizer has it, and absolute paths, so that the run can be read anywhere."""
+    section = tokenizer.config.model_copy(
+        update={"path": str(Path(str(config.tokenizer.path)).resolve()), "train": config.tokenizer.train}
+    )
+    return config.model_copy(update={"tokenizer": section})
+
+
+def _refuse_overwriting(config: Config, folder: Path) -> None:
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
+        return
+    if not config.run.resume:
+        raise UserError(f"run.dir={folder} already has checkpoints and run.resume=false; choose another run.dir")
+    stored = CheckpointReader(checkpoint).state["config"]["stage"]["name"]
+    if stored != config.stage.name:
+        raise UserError(
+            f"run.dir={folder} holds a run of stage {stored}, not {config.stage.name}; choose another run.dir and "
+            f"give this one as run.init_from={folder}"
+        )
+
+
+def _write_run_files(config: Config, folder: Path, state: dict[str, Any]) -> None:
+    write_atomic(folder / "config.yaml", config_to_yaml(config))
+    about = {"versions": state["versions"], "revision": state["revision"], "world_size": dist.get_world_size()}
+    about["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    write_atomic(folder / "versions.json", json.dumps(about, indent=1))

@@ -1,0 +1,27 @@
+"""What every test of the suite shares: thread counts, hypothesis settings, and the skipping of GPU tests."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: the tensors of tests are tiny, and on a machine of many cores threads cost more than they
+# give. Processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# deadline: a first call that imports or compiles is slow by nature. derandomize: continuous integration must repeat
+# itself, while a developer's runs go on looking for new counter-examples.
+settings.register_profile("house", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("house")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,67 @@
+"""The command `hmar-mega tokenizer train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hmar_mega.errors import UserError
+
+#: Held-out images that PSNR and the reconstruction sheet are made from.
+VALIDATION_IMAGES = 512
+
+
+def add_tokenizer_parser(subparsers: Any) -> None:
+    """Add `tokenizer` and its commands to the sub-parsers of `hmar-mega`."""
+    parser = subparsers.add_parser("tokenizer", help="train the multi-scale VQ-VAE", description=__doc__)
+    commands = parser.add_subparsers(dest="tokenizer_command", metavar="COMMAND", required=True)
+    train = commands.add_parser(
+        "train",
+        help="train a tokenizer on image shards",
+        description="Train the multi-scale VQ-VAE of a configuration on the image shards in data.images; the result "
+        "goes to OUT.",
+        epilog="example:\n  hmar-mega tokenizer train demo --out runs/tokenizer data.images=shards/train "
+        "data.images_val=shards/val",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a packaged configuration")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    train.add_argument("--out", type=Path, required=True, help="folder of the trained tokenizer")
+    train.add_argument("--print-config", action="store_true", help="print the full configuration and stop")
+    train.set_defaults(run=_run_train)
+
+
+def _run_train(args: argparse.Namespace) -> int:
+    from hmar_mega.config import config_to_yaml, load_config
+
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(config_to_yaml(config), end="")
+        return 0
+    from hmar_mega.data.images import ImageStream
+    from hmar_mega.data.order import SampleOrder
+    from hmar_mega.data.reader import ShardReader
+    from hmar_mega.tokenizer.train import train_tokenizer
+
+    if config.data.images is None:
+        raise UserError("data.images is not set: give a folder of image shards (hmar-mega data shard)")
+    data, seed = config.data, config.run.seed
+    reader = ShardReader(Path(str(data.images)), "images")
+    stream = ImageStream(
+        reader, SampleOrder(len(reader), seed), config.schedule.resolution, data.augment, seed, data.workers
+    )
+    validation = None
+    if data.images_val is not None:
+        held_out = ShardReader(Path(data.images_val), "images")
+        order = SampleOrder(len(held_out), seed, shuffle=False)
+        fixed = ImageStream(held_out, order, config.schedule.resolution, "none", seed)
+        validation = fixed.batch(0, min(VALIDATION_IMAGES, len(held_out)))
+    size = config.tokenizer.train.batch_size
+    metrics = train_tokenizer(config, lambda step: stream.batch(step * size, size), args.out, validation)
+    psnr = f", validation PSNR {metrics['val_psnr']:.2f} dB" if metrics["val_psnr"] is not None else ""
+    usage = " ".join(f"{u:.0%}" for u in metrics["usage"])
+    print(
+        f"tokenizer {metrics['fingerprint']} in {args.out}: {metrics['steps']} steps{psnr}, codes used a scale {usage}"
+    )
+    return 0
