@@ -124,6 +124,7 @@ def _run_shard(args: argparse.Namespace) -> int:
 
 def _run_encode(args: argparse.Namespace) -> int:
     import torch
+
     from hmar_mega.tokenizer.encode import encode_shards
     from hmar_mega.tokenizer.model import MultiScaleVQVAE
 

@@ -12,13 +12,13 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
 from hmar_mega.data.index import require_kind
 from hmar_mega.data.order import CROP, SampleOrder
 from hmar_mega.data.reader import ImageSample, ShardReader
 from hmar_mega.data.threads import map_ahead
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
-
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
 from hmar_mega.rng import uniform

@@ -9,14 +9,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from hmar_mega.data.images import DECODE_ERRORS, describe_damage
 from hmar_mega.data.index import ShardIndex
 from hmar_mega.data.order import SHARD_ORDER, permutation
 from hmar_mega.data.progress import track
 from hmar_mega.data.threads import map_ahead
 from hmar_mega.data.writer import open_shards
-from PIL import Image
-
 from hmar_mega.errors import UserError
 
 #: File names that are taken for images.

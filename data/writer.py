@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from webdataset.writer import TarWriter
+
 from hmar_mega.data.index import (
     LABEL_FIELD,
     Kind,
@@ -21,8 +23,6 @@ from hmar_mega.data.index import (
     write_index,
     write_offsets,
 )
-from webdataset.writer import TarWriter
-
 from hmar_mega.errors import UserError
 from hmar_mega.files import new_folder
 

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hmar_mega.data.images import decode_sample, image_to_tensor
-from hmar_mega.data.reader import ShardReader, check_fingerprint
-from hmar_mega.data.writer import open_shards
-from hmar_mega.tokenizer.encode import encode_shards, split_scales
 from PIL import Image
 from torch import Tensor
 
+from hmar_mega.data.images import decode_sample, image_to_tensor
+from hmar_mega.data.reader import ShardReader, check_fingerprint
+from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
 from hmar_mega.scales import ScaleSchedule
+from hmar_mega.tokenizer.encode import encode_shards, split_scales
 
 
 class MeanTokenizer:

@@ -7,14 +7,14 @@ import io
 import numpy as np
 import pytest
 import torch
-from hmar_mega.data.images import ImageStream, decode_sample, image_grid, image_to_tensor, tensor_to_image, to_rgb
-from hmar_mega.data.order import CROP, SampleOrder
-from hmar_mega.data.reader import ImageSample, ShardReader
-from hmar_mega.data.writer import open_shards
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from hmar_mega.data.images import ImageStream, decode_sample, image_grid, image_to_tensor, tensor_to_image, to_rgb
+from hmar_mega.data.order import CROP, SampleOrder
+from hmar_mega.data.reader import ImageSample, ShardReader
+from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
 from hmar_mega.rng import uniform
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from hmar_mega.data.cli import add_data_parser, info_lines
 from hmar_mega.data.demo import write_demo
 from hmar_mega.data.index import ShardEntry, ShardIndex, read_index
 from hmar_mega.data.reader import ShardReader
 from hmar_mega.data.shard import shard_images
-from PIL import Image
-
 from hmar_mega.errors import UserError
 
 

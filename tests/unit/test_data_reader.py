@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from hmar_mega.data.index import TokenFormat, offsets_path, read_index
 from hmar_mega.data.reader import (
     Batch,
@@ -21,9 +24,6 @@ from hmar_mega.data.reader import (
     npy_bytes,
 )
 from hmar_mega.data.writer import open_shards
-from hypothesis import given
-from hypothesis import strategies as st
-
 from hmar_mega.errors import UserError
 
 TOKENS = TokenFormat(patch_nums=(1, 2), codebook_size=256, fingerprint="f00d", resolution=16)
@@ -228,12 +228,12 @@ def test_resuming_with_another_number_of_ranks_continues_the_stream(reader, worl
 
 
 def test_state_counts_what_was_given_out_not_what_was_read_ahead(reader):
-    stream = loader(reader, world=1, rank=0, workers=3)
+    stream = loader(reader, world=2, rank=1, workers=3)
     assert stream.state() == {"epoch": 0, "position": 0}
     for _ in range(3):
         next(stream)
     assert stream.state() == {"epoch": 1, "position": 36}
-    resumed = loader(reader, world=1, rank=0, position=stream.state()["position"])
+    resumed = loader(reader, world=2, rank=1, position=stream.state()["position"])
     assert next(resumed)[0].keys == next(stream)[0].keys
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from hmar_mega.data.index import load_offsets, offsets_path, read_index, scan_tar
 from hmar_mega.data.writer import open_shards
-
 from hmar_mega.errors import UserError
 
 CLASSES = ("ant", "bee")

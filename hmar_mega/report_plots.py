@@ -1,0 +1,201 @@
+"""The curves of the demo's report: rows of metrics.jsonl → SVG that takes its ink from the page around it.
+
+Drawn with matplotlib's figure object alone, so that no global backend is chosen. K is the number of scales.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from hmar_mega.tokenizer.train import USAGE_WINDOW
+
+Rows = Sequence[Mapping[str, Any]]
+
+#: Stand-ins that nothing else is drawn in; the page's own colours take their place, in light and dark alike.
+INK, LINE = "#010203", "#040506"
+PAGE_COLOURS = {INK: "currentColor", LINE: "var(--line)"}
+
+#: Colours of middle lightness, readable on white and on black.
+TRAINING, VALIDATION = "#3b7dd8", "#d9822b"
+SCALE_COLOURS = LinearSegmentedColormap.from_list("scales", [TRAINING, "#b0539c", VALIDATION])
+
+#: Curves of at most this many points show each of them.
+FEW_POINTS = 15
+
+#: Size of a row of panels in inches; 720 pt wide, which the page shows at about 4/3.
+FIGURE_SIZE = (10.0, 2.9)
+
+#: matplotlib would name its site and the time.
+NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: it takes the page's font, and can be searched
+    "svg.hashsalt": "hmar_mega",  # the same figures give the same bytes
+    "font.family": "DejaVu Sans",  # to measure with; the page sets its own
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.edgecolor": LINE,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 3.5,
+}
+
+
+def tokenizer_curves(rows: Rows, patch_nums: Sequence[int], val_psnr: float) -> str:
+    """Loss, PSNR and share of the codebook used at each scale, over the steps of tokenizer training.
+
+    Args:
+        rows: of the tokenizer's metrics.jsonl: step, loss, psnr (dB), usage (K shares).
+        patch_nums: side of each scale's token map.
+        val_psnr: of held-out images after training, dB.
+
+    Returns:
+        One `<svg>` element.
+    """
+    steps = [row["step"] for row in rows]
+    with matplotlib.rc_context(STYLE):
+        figure = _figure()
+        loss, quality, usage = figure.subplots(1, 3)
+        _label(loss, "Loss", "loss (pixels + codes)")
+        _curve(loss, steps, [row["loss"] for row in rows], TRAINING)
+        loss.set_ylim(bottom=0)
+        _label(quality, "Reconstruction", "PSNR (dB)")
+        _curve(quality, steps, [row["psnr"] for row in rows], TRAINING, label="training batch")
+        quality.axhline(val_psnr, color=VALIDATION, linestyle="--", label=f"held-out, at the end: {val_psnr:.1f} dB")
+        quality.legend(loc="lower right")
+        _label(usage, "Codebook", f"codes used in {USAGE_WINDOW} steps (%)")
+        for k, colour in enumerate(_colours(len(patch_nums))):
+            values = [100 * row["usage"][k] for row in rows]
+            _curve(usage, steps, values, colour, label=_scale_name(k, patch_nums))
+        usage.set_ylim(0, 105)
+        _scale_legend(usage, len(patch_nums), loc="best")
+        return _svg(figure, "Tokenizer training: loss, PSNR and codebook usage per scale over optimizer steps")
+
+
+def stage_curves(
+    rows: Rows, patch_nums: Sequence[int], name: str, train_label: str, guess: tuple[str, float] | None = None
+) -> str:
+    """Training and validation cross-entropy over the steps of a stage: of all tokens, and of each scale.
+
+    Args:
+        rows: of a run's metrics.jsonl, `train` (loss, scale_loss) and `val` (all_scales, scale_loss), nats per token.
+            A `scale_loss` of fewer than K values is of the last scales: stage 2 predicts nothing at the first.
+        patch_nums: side of each scale's token map.
+        name: of the stage, for those who hear the page.
+        train_label: what the training loss is a mean of.
+        guess: name and height of a line to compare with, such as a guess that knows nothing.
+
+    Returns:
+        One `<svg>` element.
+    """
+    train, val = ([row for row in rows if row["kind"] == kind] for kind in ("train", "val"))
+    with matplotlib.rc_context(STYLE):
+        figure = _figure()
+        total, scales = figure.subplots(1, 2)
+        _label(total, "All scales", "cross-entropy (nats per token)")
+        _curve(total, _steps(train), [row["loss"] for row in train], TRAINING, label=train_label)
+        _curve(total, _steps(val), [row["all_scales"] for row in val], VALIDATION, "o--", "validation, mean of tokens")
+        if guess is not None:
+            total.axhline(guess[1], color=INK, linestyle=":", linewidth=1, label=guess[0])
+        total.legend(loc="best")
+        _label(scales, "Each scale", "cross-entropy (nats per token)")
+        handles = []
+        for k, colour in enumerate(_colours(len(patch_nums))):
+            train_k, val_k = _of_scale(train, k, len(patch_nums)), _of_scale(val, k, len(patch_nums))
+            if train_k or val_k:
+                _curve(scales, *_columns(train_k), colour)
+                _curve(scales, *_columns(val_k), colour, "o--")
+                handles.append(Line2D([], [], color=colour, label=_scale_name(k, patch_nums)))
+        handles += [
+            Line2D([], [], color=INK, label="training"),
+            Line2D([], [], color=INK, linestyle="--", marker="o", label="validation"),
+        ]
+        _scale_legend(scales, len(patch_nums), handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return _svg(figure, f"{name}: training and validation cross-entropy, of all scales and of each, over steps")
+
+
+def _figure() -> Figure:
+    return Figure(figsize=FIGURE_SIZE, layout=ConstrainedLayoutEngine(wspace=0.04))
+
+
+def _of_scale(rows: Rows, scale: int, num_scales: int) -> list[tuple[int, float]]:
+    """(step, loss) of 0-based `scale` where a row has it; fewer than K values are those of the last scales."""
+    found = []
+    for row in rows:
+        at = scale - (num_scales - len(row["scale_loss"]))
+        if at >= 0:
+            found.append((row["step"], row["scale_loss"][at]))
+    return found
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _steps(rows: Rows) -> list[int]:
+    return [row["step"] for row in rows]
+
+
+def _curve(axes: Axes, steps: list[int], values: list[float], colour: str, style: str = "-", label: str = "") -> None:
+    marker = "o" if len(steps) <= FEW_POINTS and "o" not in style else None
+    axes.plot(steps, values, style, color=colour, label=label or "_", **({"marker": marker} if marker else {}))
+
+
+def _label(axes: Axes, title: str, y_label: str) -> None:
+    axes.set_title(title, fontweight="bold")
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel(y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _scale_name(scale: int, patch_nums: Sequence[int]) -> str:
+    return f"scale {scale + 1} ({patch_nums[scale]}×{patch_nums[scale]})"
+
+
+def _colours(count: int) -> list[str]:
+    return [to_hex(SCALE_COLOURS(at)) for at in np.linspace(0, 1, count)]
+
+
+def _scale_legend(axes: Axes, num_scales: int, **options: Any) -> None:
+    """A legend that does not outgrow the panel."""
+    axes.legend(ncols=1 if num_scales <= 8 else 2, **options)
+
+
+def _svg(figure: Figure, description: str) -> str:
+    """The figure as an element to stand inside HTML: no prologue, no addresses, no style that reaches beyond it."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
+    text = buffer.getvalue()
+    view_box = re.search(r'viewBox="[^"]*"', text)
+    assert view_box is not None, "matplotlib writes a viewBox"
+    inner = text[text.index("</defs>") + len("</defs>") :]  # the first defs hold a style sheet for the whole page
+    inner = re.sub(r'<g id="[^"]*">', "<g>", inner)  # numbered from 1 in every figure, and never referred to
+    for stand_in, colour in PAGE_COLOURS.items():
+        inner = inner.replace(stand_in, colour)
+    return f'<svg class="plot" {view_box[0]} role="img" aria-label="{html.escape(description)}">{inner}'
