@@ -94,12 +94,12 @@ def train(run: Run) -> None:
         if step % config.logging.interval == 0 or done:
             _log_line(run, window, lr)
             window = _open_window(run)
+        paused = time.perf_counter()
         if step % config.eval.interval == 0 or done:
             _evaluate(run)
-            window.started = time.perf_counter()
         if step % config.checkpoint.interval == 0 or done:
             _save(run)
-            window.started = time.perf_counter()
+        window.started += time.perf_counter() - paused  # rates speak of training alone
 
 
 def _open_window(run: Run) -> Window:

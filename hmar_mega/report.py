@@ -5,7 +5,6 @@ The page needs no network and no script: images and curves are inside it.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import statistics
@@ -15,12 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from hmar_mega import report_plots
-from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint
-from hmar_mega.config import Config, load_config
-from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
-from hmar_mega.metrics import read_metrics
 from hmar_mega.report_page import bars, comparison, element, facts, page, picture, sheet, wrap
+from hmar_mega.report_runs import Stage, read_stage, read_tokenizer
 
 #: The share of samples that an independent classifier must label as the class asked for.
 DEMANDED_ACCURACY = 0.85
@@ -43,7 +39,7 @@ class DemoFigures:
         reconstruction_accuracy: of the classifier on held-out images after encoding and decoding.
         val_psnr: of the tokenizer on held-out images, dB.
         seconds: wall time of each stage, in the order they ran.
-        peak_memory_bytes: the most that the demo's processes held together.
+        peak_memory_bytes: the most memory in use.
         versions: of the packages used.
     """
 
@@ -56,32 +52,6 @@ class DemoFigures:
     seconds: dict[str, float]
     peak_memory_bytes: int
     versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a run directory says of itself; weights are counted from its last checkpoint."""
-
-    folder: Path
-    config: Config
-    rows: list[dict[str, Any]]
-    versions: dict[str, Any]
-    parameters: int
-    trained_parameters: int
-
-    @property
-    def patch_nums(self) -> tuple[int, ...]:
-        """Side of each scale's token map."""
-        return self.config.schedule.scales.patch_nums
-
-    @property
-    def processes(self) -> int:
-        """That trained together."""
-        return int(self.versions["world_size"])
-
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """Rows of `train` or `val`."""
-        return [row for row in self.rows if row["kind"] == kind]
 
 
 def write_report(
@@ -100,11 +70,10 @@ def write_report(
         Path of the page.
 
     Raises:
-        UserError: when one of the folders or images is missing or damaged, or `out` cannot be written.
+        UserError: when one of the folders or images is missing or unreadable, or `out` cannot be written.
     """
-    tokenizer_metrics = _read_json(tokenizer / "metrics.json", "hmar-mega tokenizer train")
-    tokenizer_rows = _rows(tokenizer, "hmar-mega tokenizer train")
-    first, second = _read_stage(stage1), _read_stage(stage2)
+    tokenizer_metrics, tokenizer_rows = read_tokenizer(tokenizer)
+    first, second = read_stage(stage1), read_stage(stage2)
     sections = [
         element("h1", TITLE),
         element("p", _lead(first, second, tokenizer_metrics, figures), "lead"),
@@ -122,13 +91,12 @@ def write_report(
 
 
 def _lead(first: Stage, second: Stage, tokenizer: Mapping[str, Any], figures: DemoFigures) -> str:
-    config = first.config
-    side = config.schedule.resolution
+    config, side = first.config, first.config.schedule.resolution
     return (
         f"On this machine a multi-scale tokenizer ({tokenizer['parameters']:,} parameters) and a "
-        f"{config.model.depth}-block HMAR transformer ({second.parameters:,}) were trained from scratch on {side} × {side} "
-        f"images of {config.model.num_classes} classes, exported, and asked for {figures.num_samples:,} new images; all "
-        f"in {duration(sum(figures.seconds.values()))}."
+        f"{config.model.depth}-block HMAR transformer ({second.parameters:,}) were trained from scratch on "
+        f"{side} × {side} images of {config.model.num_classes} classes, exported, and asked for "
+        f"{figures.num_samples:,} new images; all in {duration(sum(figures.seconds.values()))}."
     )
 
 
@@ -168,7 +136,9 @@ def _figures(figures: DemoFigures, tokenizer: Mapping[str, Any]) -> list[str]:
             "peak memory": memory(figures.peak_memory_bytes),
         }
     )
-    classes = bars([(f"class {i}", share, percent(share)) for i, share in enumerate(figures.per_class)], DEMANDED_ACCURACY)
+    classes = bars(
+        [(f"class {i}", share, percent(share)) for i, share in enumerate(figures.per_class)], DEMANDED_ACCURACY
+    )
     per_class = element("h3", "Samples of each class that show it") + classes
     return [element("h2", "Figures"), wrap("div", table + wrap("div", per_class), "columns")]
 
@@ -205,8 +175,8 @@ def _curves(tokenizer_rows: report_plots.Rows, first: Stage, second: Stage, figu
         report_plots.stage_curves(second.rows, second.patch_nums, "Stage 2", "training, mean of samples"),
         element(
             "p",
-            "Training draws labels and masks anew and sometimes hides the label; validation never hides it. Stage 2 counts "
-            "masked tokens only, and the first scale is never masked.",
+            "Training hides the label of some images, validation never does. Stage 2 counts masked tokens only, and "
+            "the first scale is never masked.",
             "note",
         ),
     ]
@@ -287,7 +257,7 @@ def _commands(out: Path, first: Stage, second: Stage) -> list[str]:
         element("p", "Each line runs as it stands, from the folder the demo was started in.", "note"),
     ]
     for title, lines in commands(out, first, second).items():
-        markup += [element("p", title, "step"), element("pre", "\n".join(lines))]
+        markup += [element("p", title, "step"), wrap("pre", "".join(element("code", line) for line in lines))]
     return markup
 
 
@@ -296,19 +266,20 @@ def commands(out: Path, first: Stage, second: Stage) -> dict[str, list[str]]:
     model, config = str(out / "model"), first.config
     classes = ",".join(str(c) for c in range(min(SHOWN_CLASSES, config.model.num_classes)))
     wanted, side = config.model.num_classes - 1, config.schedule.resolution
-    half = f"from PIL import Image; m = Image.new('L', ({side}, {side})); m.paste(255, (0, {side // 2}, {side}, {side})); "
+    draw_mask = (
+        f'from PIL import Image; m = Image.new("L", ({side}, {side})); '
+        f'm.paste(255, (0, {side // 2}, {side}, {side})); m.save("mask.png")'
+    )
+    sample, edit = ["hmar-mega", "sample", model], ["hmar-mega", "edit", model, "image.png", "--mask", "mask.png"]
     again1, again2 = f"{out}-again/stage1", f"{out}-again/stage2"
     return {
         "Samples of every class, a row each": [
-            shlex.join(["hmar-mega", "sample", model, "--classes", classes, "--count", "10", "--out", "samples.png"])
+            shlex.join([*sample, "--classes", classes, "--count", "10", "--out", "samples.png"])
         ],
         f"An image of class 0, and its lower half drawn anew as class {wanted}": [
-            shlex.join(["hmar-mega", "sample", model, "--classes", "0", "--count", "1", "--out", "image.png"]),
-            shlex.join(["python", "-c", half + "m.save('mask.png')"]),
-            shlex.join(
-                ["hmar-mega", "edit", model, "image.png", "--mask", "mask.png", "--class", str(wanted)]
-                + ["--out", "edited.png"]
-            ),
+            shlex.join([*sample, "--classes", "0", "--count", "1", "--out", "image.png"]),
+            shlex.join(["python", "-c", draw_mask]),
+            shlex.join([*edit, "--class", str(wanted), "--out", "edited.png"]),
         ],
         "Both training stages and the export": [
             _train_command(first, [f"run.dir={again1}"]),
@@ -352,41 +323,3 @@ def memory(size: int) -> str:
 def _short_revision(revision: str) -> str:
     commit, plus, changes = revision.partition("+")
     return commit[:12] + plus + changes
-
-
-def _read_stage(folder: Path) -> Stage:
-    config_path = folder / "config.yaml"
-    remedy = "hmar-mega train CONFIG run.dir=…"
-    if not config_path.is_file():
-        raise UserError(f"{folder} is not a run directory (no config.yaml); train it first: {remedy}")
-    checkpoint = find_checkpoint(folder)
-    if checkpoint is None:
-        raise UserError(f"run {folder} has no checkpoint to count the weights of; train it first: {remedy}")
-    weights = CheckpointReader(checkpoint)
-    sizes = {name: math.prod(shape) for name, shape in weights.shapes.items()}
-    return Stage(
-        folder=folder,
-        config=load_config(config_path),
-        rows=_rows(folder, remedy),
-        versions=_read_json(folder / "versions.json", remedy),
-        parameters=sum(sizes.values()),
-        trained_parameters=sum(size for name, size in sizes.items() if "exp_avg" in weights.kinds(name)),
-    )
-
-
-def _rows(folder: Path, remedy: str) -> list[dict[str, Any]]:
-    try:
-        rows = read_metrics(folder)
-    except OSError as err:
-        raise UserError(f"cannot read {folder / 'metrics.jsonl'}: {err.strerror}; write it first: {remedy}") from None
-    if not rows:
-        raise UserError(f"{folder / 'metrics.jsonl'} has no rows to draw; run it again: {remedy}")
-    return rows
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as err:
-        raise UserError(f"cannot read {path}: {err}; write it first: {remedy}") from None
-    return tree

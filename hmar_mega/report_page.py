@@ -20,9 +20,9 @@ LARGEST_ZOOM, SHOWN_WIDTH, SHOWN_HEIGHT = 3, 1000, 560
 
 STYLE_SHEET = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2127; --soft: #5d6772; --line: #d5dae0; --card: #f5f7f9;
-  --bar: #3b7dd8; --good: #1a7f4b; --poor: #b4462a; }
+  --track: #e4e8ec; --bar: #3b7dd8; --good: #1a7f4b; --poor: #b4462a; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e3e7eb; --soft: #98a2ad; --line: #39414a;
-  --card: #1c2126; --bar: #5a96e6; --good: #4cc38a; --poor: #f0866a; } }
+  --card: #1c2126; --track: #2b3138; --bar: #5a96e6; --good: #4cc38a; --poor: #f0866a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", Arial, sans-serif; }
@@ -34,12 +34,14 @@ p { margin: 0 0 .8rem; max-width: 80ch; }
 .lead { font-size: 1.08rem; color: var(--soft); max-width: none; }
 .note, figcaption { color: var(--soft); font-size: .88rem; }
 .headline { display: grid; grid-template-columns: minmax(240px, 2fr) 3fr; gap: 1.2rem 2.5rem; align-items: center;
-  background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1.4rem 1.6rem; margin-top: 1.6rem; }
+  margin-top: 1.6rem; padding: 1.4rem 1.6rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; }
 .figure { font-size: 3.3rem; line-height: 1.05; font-weight: 700; letter-spacing: -.02em; white-space: nowrap; }
 .verdict { font-weight: 600; }
 .headline .note { margin: .9rem 0 0; }
 .good { color: var(--good); } .poor { color: var(--poor); }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(360px, 1fr)); gap: 1.5rem 2.5rem; align-items: start; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(360px, 1fr)); gap: 1.5rem 2.5rem;
+  align-items: start; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 400; color: var(--soft); white-space: nowrap; }
@@ -48,7 +50,7 @@ td:last-child, th:last-child { padding-right: 0; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .45rem .8rem; align-items: center;
   font-variant-numeric: tabular-nums; font-size: .92rem; }
 .bars > :nth-child(3n) { text-align: right; }
-.track { position: relative; height: .8rem; border-radius: 3px; background: color-mix(in srgb, var(--ink) 9%, transparent); }
+.track { position: relative; height: .8rem; border-radius: 3px; background: var(--track); }
 .track > span { display: block; height: 100%; border-radius: 3px; background: var(--bar); min-width: 1px; }
 .track > i { position: absolute; top: -.2rem; bottom: -.2rem; border-left: 2px solid var(--ink); }
 figure { margin: 0; }
@@ -57,13 +59,15 @@ img { display: block; max-width: 100%; height: auto; border: 1px solid var(--lin
 img.pixels { image-rendering: crisp-edges; image-rendering: pixelated; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.6rem 2.4rem; align-items: flex-start; }
 .sheet { display: grid; grid-template-columns: max-content minmax(0, max-content); gap: 0 .8rem; }
-.sheet > div { display: grid; grid-auto-rows: 1fr; align-items: center; text-align: right; font-size: .85rem; color: var(--soft); }
+.sheet > div { display: grid; grid-auto-rows: 1fr; align-items: center; text-align: right; font-size: .85rem;
+  color: var(--soft); }
 .plot { display: block; width: 100%; height: auto; margin: .3rem 0 .6rem; overflow: visible; }
 .plot * { stroke-linejoin: round; stroke-linecap: butt; }
 .plot text { font-family: inherit !important; }
-pre { margin: .3rem 0 1.1rem; padding: .7rem .9rem; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
-  font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
+pre { margin: .3rem 0 1.1rem; padding: .7rem .9rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 6px; font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+pre code { display: block; font: inherit; padding-left: 2ch; text-indent: -2ch; }
 .step { margin: 0; }
 @media (max-width: 680px) { .headline { grid-template-columns: 1fr; } .columns { grid-template-columns: 1fr; } }
 @media print { main { max-width: none; } h2, figure, table, pre { break-inside: avoid; } }

@@ -41,7 +41,7 @@ FIGURE_SIZE = (10.0, 2.9)
 #: matplotlib would name its site and the time.
 NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it takes the page's font, and can be searched
     "svg.hashsalt": "hmar_mega",  # the same figures give the same bytes
     "font.family": "DejaVu Sans",  # to measure with; the page sets its own
@@ -87,14 +87,14 @@ def tokenizer_curves(rows: Rows, patch_nums: Sequence[int], val_psnr: float) -> 
         loss.set_ylim(bottom=0)
         _label(quality, "Reconstruction", "PSNR (dB)")
         _curve(quality, steps, [row["psnr"] for row in rows], TRAINING, label="training batch")
-        quality.axhline(val_psnr, color=VALIDATION, linestyle="--", label=f"held-out, at the end: {val_psnr:.1f} dB")
+        quality.axhline(val_psnr, color=VALIDATION, linestyle="--", label=f"held-out, end: {val_psnr:.1f} dB")
         quality.legend(loc="lower right")
         _label(usage, "Codebook", f"codes used in {USAGE_WINDOW} steps (%)")
         for k, colour in enumerate(_colours(len(patch_nums))):
             values = [100 * row["usage"][k] for row in rows]
             _curve(usage, steps, values, colour, label=_scale_name(k, patch_nums))
         usage.set_ylim(0, 105)
-        _scale_legend(usage, len(patch_nums), loc="best")
+        _scale_legend(usage, len(patch_nums))
         return _svg(figure, "Tokenizer training: loss, PSNR and codebook usage per scale over optimizer steps")
 
 
@@ -120,7 +120,7 @@ def stage_curves(
         total, scales = figure.subplots(1, 2)
         _label(total, "All scales", "cross-entropy (nats per token)")
         _curve(total, _steps(train), [row["loss"] for row in train], TRAINING, label=train_label)
-        _curve(total, _steps(val), [row["all_scales"] for row in val], VALIDATION, "o--", "validation, mean of tokens")
+        _curve(total, _steps(val), [row["all_scales"] for row in val], VALIDATION, "validation, mean of tokens", True)
         if guess is not None:
             total.axhline(guess[1], color=INK, linestyle=":", linewidth=1, label=guess[0])
         total.legend(loc="best")
@@ -130,13 +130,13 @@ def stage_curves(
             train_k, val_k = _of_scale(train, k, len(patch_nums)), _of_scale(val, k, len(patch_nums))
             if train_k or val_k:
                 _curve(scales, *_columns(train_k), colour)
-                _curve(scales, *_columns(val_k), colour, "o--")
+                _curve(scales, *_columns(val_k), colour, validation=True)
                 handles.append(Line2D([], [], color=colour, label=_scale_name(k, patch_nums)))
         handles += [
             Line2D([], [], color=INK, label="training"),
             Line2D([], [], color=INK, linestyle="--", marker="o", label="validation"),
         ]
-        _scale_legend(scales, len(patch_nums), handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _scale_legend(scales, len(patch_nums), handles=handles)
         return _svg(figure, f"{name}: training and validation cross-entropy, of all scales and of each, over steps")
 
 
@@ -162,9 +162,17 @@ def _steps(rows: Rows) -> list[int]:
     return [row["step"] for row in rows]
 
 
-def _curve(axes: Axes, steps: list[int], values: list[float], colour: str, style: str = "-", label: str = "") -> None:
-    marker = "o" if len(steps) <= FEW_POINTS and "o" not in style else None
-    axes.plot(steps, values, style, color=colour, label=label or "_", **({"marker": marker} if marker else {}))
+def _curve(
+    axes: Axes, steps: list[int], values: list[float], colour: str, label: str = "_nolegend_", validation: bool = False
+) -> None:
+    axes.plot(
+        steps,
+        values,
+        color=colour,
+        label=label,
+        linestyle="--" if validation else "-",
+        marker="o" if validation or len(steps) <= FEW_POINTS else "",
+    )
 
 
 def _label(axes: Axes, title: str, y_label: str) -> None:
@@ -183,8 +191,8 @@ def _colours(count: int) -> list[str]:
 
 
 def _scale_legend(axes: Axes, num_scales: int, **options: Any) -> None:
-    """A legend that does not outgrow the panel."""
-    axes.legend(ncols=1 if num_scales <= 8 else 2, **options)
+    """A legend to the right of the panel, where it hides no curve, and not higher than it."""
+    axes.legend(ncols=1 if num_scales <= 8 else 2, loc="center left", bbox_to_anchor=(1.0, 0.5), **options)
 
 
 def _svg(figure: Figure, description: str) -> str:

@@ -58,11 +58,13 @@ def randomise(module: nn.Module, std: float = 0.3, seed: int = 0) -> None:
             parameter.normal_(0.0, std, generator=generator)
 
 
-def tiny_hmar(config: Config, seed: int = 0, random: bool = True) -> HMAR:
-    """The transformer of `config`, in evaluation mode."""
+def tiny_hmar(config: Config, seed: int = 0, random: bool = True, mask_branch: bool | None = None) -> HMAR:
+    """The transformer of `config`, in evaluation mode; with the mask branch in stage 2, or as asked."""
+    if mask_branch is None:
+        mask_branch = config.stage.name == "masked"
     model = HMAR(
         config.model, config.schedule.scales, config.tokenizer.codebook_size, config.tokenizer.latent_channels,
-        mask_branch=config.stage.name == "masked", seed=seed,
+        mask_branch=mask_branch, seed=seed,
     )  # fmt: skip
     if random:
         randomise(model, seed=seed)

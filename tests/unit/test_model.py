@@ -198,8 +198,8 @@ CASES = pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
 @pytest.mark.parametrize("shared_aln", [False, True])
 @pytest.mark.parametrize("branch", ["next_scale", "masked"])
 def test_logits_are_those_of_the_specification(pattern: str, shared_aln: bool, branch: str):
-    config = tiny_config(pattern=pattern, shared_aln=shared_aln, depth=3, mask_layers=2)
-    model = tiny_hmar(config)
+    config = tiny_config("next_scale", pattern, shared_aln=shared_aln, depth=3, mask_layers=2)
+    model = tiny_hmar(config, mask_branch=branch == "masked")
     labels, given, features, mask = inputs()
     extra = (features, mask) if branch == "masked" else ()
     with torch.no_grad():
@@ -240,7 +240,7 @@ def test_a_scale_below_the_limit_gets_a_gradient_and_one_beyond_it_none():
 
 @CASES
 def test_samples_of_a_batch_do_not_see_each_other(pattern: str):
-    model = tiny_hmar(tiny_config(pattern=pattern))
+    model = tiny_hmar(tiny_config("next_scale", pattern))
     labels, given, *_ = inputs()
     with torch.no_grad():
         both = model(labels, given)
