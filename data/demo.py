@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 
 from hmar_mega.data.order import SHARD_ORDER, SPLIT_ORDER, permutation
-from hmar_mega.data.progress import Tally, track
 from hmar_mega.data.shard import image_fields
 from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
 from hmar_mega.files import new_folder
+from hmar_mega.progress import Tally, track
 
 DemoName = Literal["digits", "fashion-mnist"]
 

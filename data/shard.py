@@ -14,10 +14,10 @@ from PIL import Image
 from hmar_mega.data.images import DECODE_ERRORS, describe_damage
 from hmar_mega.data.index import ShardIndex
 from hmar_mega.data.order import SHARD_ORDER, permutation
-from hmar_mega.data.progress import track
 from hmar_mega.data.threads import map_ahead
 from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
+from hmar_mega.progress import track
 
 #: File names that are taken for images.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")

@@ -12,6 +12,7 @@ from pathlib import Path
 from hmar_mega import __version__
 from hmar_mega.data.cli import add_data_parser
 from hmar_mega.errors import UserError
+from hmar_mega.progress import LogHandler
 from hmar_mega.tokenizer.cli import add_tokenizer_parser
 
 
@@ -19,11 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 when training failed, 2 for bad input."""
     args = parse(argv)
     rank = int(os.environ.get("RANK", 0))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s [rank {rank}] %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    _start_logging(rank)
     try:
         status: int = args.run(args)
     except UserError as err:
@@ -34,6 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("hmar-mega: interrupted", file=sys.stderr)
         return 130
     return status
+
+
+def _start_logging(rank: int) -> None:
+    """Readable lines from rank 0; only warnings, with their rank, from the others."""
+    handler = LogHandler()
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler])
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

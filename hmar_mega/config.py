@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hmar_mega.errors import UserError
 from hmar_mega.scales import MASK_SCHEDULES, PATCH_NUMS, Pattern, ScaleSchedule, mask_schedule_for
 
-
 #: A decay rate of Adam's moving averages.
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

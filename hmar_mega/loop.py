@@ -22,6 +22,7 @@ from hmar_mega.flops import device_peak, train_flops_per_image
 from hmar_mega.metrics import MetricsLog
 from hmar_mega.objective import Objective, TokenBatch, per_scale_sums
 from hmar_mega.parallel.dims import ParallelDims
+from hmar_mega.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -73,33 +74,42 @@ class Window:
 
 def train(run: Run) -> None:
     """Train from `run.engine.step` to `run.last_step`."""
+    run.engine.model.train()
+    with track("training", run.last_step, enabled=run.dims.is_main, start=run.engine.step) as bar:
+        window = _open_window(run)
+        while run.engine.step < run.last_step:
+            window = _step(run, window)
+            bar.advance()
+
+
+def _step(run: Run, window: Window) -> Window:
+    """One optimizer step and what is due after it; returns the window of the next log line."""
     config, engine = run.config, run.engine
-    engine.model.train()
-    window = _open_window(run)
-    while engine.step < run.last_step:
-        lr = engine.learning_rate
-        batches = next(run.loader)
-        window.waited += run.loader.wait_seconds
+    lr = engine.learning_rate
+    batches = next(run.loader)
+    window.waited += run.loader.wait_seconds
 
-        def loss_of(batch: TokenBatch, window: Window = window) -> Tensor:
-            scores = run.objective.training(engine.deepspeed, batch)
-            loss = scores.loss.mean()
-            window.loss += loss.detach().double()
-            window.scales += per_scale_sums(scores, run.objective)
-            return loss
+    def loss_of(batch: TokenBatch) -> Tensor:
+        scores = run.objective.training(engine.deepspeed, batch)
+        loss = scores.loss.mean()
+        window.loss += loss.detach().double()
+        window.scales += per_scale_sums(scores, run.objective)
+        return loss
 
-        window.grad_norm = engine.train_step(batches, loss_of)
-        window.steps += 1
-        step, done = engine.step, engine.step == run.last_step
-        if step % config.logging.interval == 0 or done:
-            _log_line(run, window, lr)
-            window = _open_window(run)
-        paused = time.perf_counter()
-        if step % config.eval.interval == 0 or done:
-            _evaluate(run)
-        if step % config.checkpoint.interval == 0 or done:
-            _save(run)
-        window.started += time.perf_counter() - paused  # rates speak of training alone
+    window.grad_norm = engine.train_step(batches, loss_of)
+    window.steps += 1
+    step, done = engine.step, engine.step == run.last_step
+    following = window
+    if step % config.logging.interval == 0 or done:
+        _log_line(run, window, lr)
+        following = _open_window(run)
+    paused = time.perf_counter()
+    if step % config.eval.interval == 0 or done:
+        _evaluate(run)
+    if step % config.checkpoint.interval == 0 or done:
+        _save(run)
+    following.started += time.perf_counter() - paused  # rates speak of training alone
+    return following
 
 
 def _open_window(run: Run) -> Window:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from hmar_mega.data.images import Augment, decode_sample, image_to_tensor
 from hmar_mega.data.index import ShardIndex, TokenFormat
-from hmar_mega.data.progress import track
 from hmar_mega.data.reader import TOKEN_FIELD, ImageSample, ShardReader, npy_bytes
 from hmar_mega.data.threads import map_ahead
 from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
+from hmar_mega.progress import track
 from hmar_mega.scales import ScaleSchedule
 
 

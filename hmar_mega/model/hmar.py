@@ -207,9 +207,7 @@ class HMAR(nn.Module):
         """Name of each parameter of the mask branch that starts from the next-scale branch → that one's name."""
         names = {}
         for name, _ in self.named_parameters():
-            if name.startswith("mask_blocks."):
-                names[name] = name.removeprefix("mask_")
-            elif name.startswith("mask_head."):
+            if name.startswith("mask_blocks.") or name.startswith("mask_head."):
                 names[name] = name.removeprefix("mask_")
         return names
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -12,7 +15,7 @@ from rich.text import Text
 
 
 class Tally:
-    """What a long job reports: `advance(n)` while it works, `summary` for the closing line."""
+    """What a long job reports: `advance(n)` while it works, `show` for figures beside the bar, `summary` at the end."""
 
     def __init__(self) -> None:
         self.done = 0
@@ -25,16 +28,25 @@ class Tally:
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0], count)
 
+    def show(self, figures: str) -> None:
+        """Put a few figures beside the bar."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], figures=figures)
+
 
 @contextmanager
-def track(description: str, total: int, enabled: bool = True) -> Iterator[Tally]:
-    """Show a bar with rate and time left on a terminal; at the end print `summary` and the time taken, once.
+def track(description: str, total: int, enabled: bool = True, start: int = 0) -> Iterator[Tally]:
+    """Show a bar with rate and time left on a terminal; at the end print `summary`, if set, and the time taken, once.
 
     Nothing is printed when `enabled` is false or the block raises; without a terminal there is only the closing line.
+
+    Args:
+        start: items done before, when a job is resumed.
     """
     tally = Tally()
+    tally.done = start
     begin = time.perf_counter()
-    console = Console(soft_wrap=True, highlight=False, emoji=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     if enabled and console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
@@ -42,15 +54,29 @@ def track(description: str, total: int, enabled: bool = True) -> Iterator[Tally]
             MofNCompleteColumn(),
             _RateColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
         )
         with Progress(*columns, console=console, transient=True) as bar:
-            bar.add_task(description, total=total)
+            bar.add_task(description, total=total, completed=start, figures="")
             tally._bar = bar
             yield tally
     else:
         yield tally
-    if enabled:
-        console.print(f"{tally.summary} ({time.perf_counter() - begin:.1f} s)", markup=False)
+    if enabled and tally.summary:
+        closing = Console(soft_wrap=True, highlight=False, emoji=False)
+        closing.print(f"{tally.summary} ({time.perf_counter() - begin:.1f} s)", markup=False)
+
+
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Logs to whatever `sys.stderr` is at the moment, so that lines appear above a running bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """The current standard error."""
+        return sys.stderr
 
 
 class _RateColumn(ProgressColumn):
