@@ -73,8 +73,10 @@ def _train_everything(out: Path, processes: int, steps: _Steps) -> None:
     steps.run("image shards", [*mega, "data", "demo", "digits", str(images)])
     steps.run(
         "tokenizer",
-        [*mega, "tokenizer", "train", "demo", "--out", str(tokenizer)]
-        + [f"data.images={images / 'train'}", f"data.images_val={images / 'val'}"],
+        [
+            *(*mega, "tokenizer", "train", "demo", "--out", str(tokenizer)),
+            *(f"data.images={images / 'train'}", f"data.images_val={images / 'val'}"),
+        ],
     )
     with steps.timed("token shards"):
         for part in ("train", "val"):

@@ -195,7 +195,7 @@ def _deepspeed_config(config: Config, micro: int, accumulation: int) -> dict[str
 
 
 def _quiet_cpu() -> None:
-    """Keep DeepSpeed's log to warnings, and on CPUs its shared-memory op (compiled, 66 MB of /dev/shm a process) off."""
+    """Keep DeepSpeed's log to warnings; on CPUs, its shared-memory op (compiled, 66 MB of /dev/shm a process) off."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():

@@ -192,7 +192,7 @@ def _check_tokenizer_config(config: Config, tokenizer: MultiScaleVQVAE) -> None:
 
 
 def _with_resolved(config: Config, tokenizer: MultiScaleVQVAE) -> Config:
-    """The tokenizer section as the trained tokenizer has it, and absolute paths, so that the run can be read anywhere."""
+    """The tokenizer section as the trained tokenizer has it, with an absolute path."""
     section = tokenizer.config.model_copy(
         update={"path": str(Path(str(config.tokenizer.path)).resolve()), "train": config.tokenizer.train}
     )

@@ -46,7 +46,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """Revision of the source tree this package runs from, with `+changes` when it is not clean; `unknown` outside git."""
+    """Revision of the source tree, with `+changes` when it is not clean; `unknown` outside git."""
     folder = Path(__file__).parent
     try:
         command = ["git", "-C", str(folder), "rev-parse", "HEAD"]

@@ -1,4 +1,4 @@
-"""From a run to files that one GPU loads without mcore or DeepSpeed: `model.safetensors`, `config.json`, `tokenizer/`."""
+"""From a run to what one GPU loads without mcore or DeepSpeed: `model.safetensors`, `config.json`, `tokenizer/`."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def open_weights(path: str | Path) -> WeightSource:
 
 
 def find_checkpoint(run: Path, which: str = LATEST) -> Path | None:
-    """The checkpoint that a pointer of the run names (`latest`, `best`), or the one named `which`; None if there is none."""
+    """The checkpoint `which` of a run: a pointer (`latest`, `best`) or a folder's name; None if there is none."""
     folder = run / "checkpoints"
     pointer = folder / which
     if pointer.is_file():

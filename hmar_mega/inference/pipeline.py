@@ -231,7 +231,7 @@ def image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
 def _fill(model: nn.Module, source: ExportReader, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """Put the file's tensors in place of meta ones; buffers are recomputed on the device."""
     check_shapes(source, {n: tuple(p.shape) for n, p in model.named_parameters()}, folder)
-    for name, parameter in list(model.named_parameters()):
+    for name in [n for n, _ in model.named_parameters()]:
         owner_name, _, leaf = name.rpartition(".")
         values = nn.Parameter(source.read(name).to(device, dtype), requires_grad=False)
         setattr(model.get_submodule(owner_name), leaf, values)

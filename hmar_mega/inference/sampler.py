@@ -170,7 +170,7 @@ def _sample_scale(
 
 
 def _token_features(state: _State, scale: int, tokens: Tensor, kept: Tensor) -> Tensor:
-    """φ_k(e_k)↓ of the kept tokens, (B, n, Z); rejected codes are zeroed first unless the model leaked them in training."""
+    """φ_k(e_k)↓ of the kept tokens, (B, n, Z); rejected codes are zeroed first unless training let them through."""
     keep = kept if state.settings.mask_input == "leak_free" else None
     features = state.codes.scale_features(scale, tokens, keep)
     return to_positions(features, state.model.schedule.patch_nums[scale])

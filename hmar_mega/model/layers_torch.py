@@ -22,7 +22,7 @@ class Layers(Protocol):
     def column(
         self, in_features: int, out_features: int, fill: Fill, *, bias: bool, gather: bool = False, stride: int = 1
     ) -> nn.Module:
-        """Linear whose output features are split over ranks, or gathered again; `stride` stacked matrices split alike."""
+        """Linear whose output is split over ranks, or gathered again; `stride` stacked matrices are split alike."""
 
     def row(self, in_features: int, out_features: int, fill: Fill) -> nn.Module:
         """Linear with bias whose split input features are summed over ranks."""

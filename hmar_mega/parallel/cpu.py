@@ -19,7 +19,7 @@ def cpu_for_cuda() -> Iterator[None]:
         yield
         return
     with (
-        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
-        mock.patch.object(torch.cuda, "synchronize", lambda device=None: None),
+        mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")),
+        mock.patch.object(torch.cuda, "synchronize", return_value=None),
     ):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 from collections.abc import Iterator
@@ -161,21 +162,21 @@ def test_damage_found_while_exporting_leaves_nothing_behind(trained: tuple[Path,
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Files beyond 16 kB cannot be written, as on a full disk."""
+@contextlib.contextmanager
+def full_disk(room: int = 16 * 1024) -> Iterator[None]:
+    """No file can grow beyond `room` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("trained")
-def test_a_full_disk_is_an_error_for_the_person(tmp_path: Path, request: pytest.FixtureRequest):
+def test_a_full_disk_is_an_error_for_the_person(trained: tuple[Path, HMAR], tmp_path: Path):
     before = sorted(tmp_path.iterdir())
-    request.getfixturevalue("small_files")
-    with pytest.raises(UserError, match="cannot write"):
-        export_run(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(UserError, match="cannot write"), full_disk():
+        export_run(trained[0], tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
 
