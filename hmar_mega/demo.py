@@ -27,11 +27,9 @@ from hmar_mega.data.images import ImageStream, image_grid
 from hmar_mega.data.reader import SampleOrder, ShardReader
 from hmar_mega.errors import UserError
 from hmar_mega.inference import ImageModel, edit_images, load_model
-from hmar_mega.report import DemoFigures, write_report
+from hmar_mega.report import DEMANDED_ACCURACY, DemoFigures, write_report
 from hmar_mega.versions import installed_versions
 
-#: Share of samples that must be read as the class asked for.
-DEMANDED_ACCURACY = 0.85
 SAMPLES_PER_CLASS = 50
 GRID_PER_CLASS = 10
 NUM_CLASSES = 10

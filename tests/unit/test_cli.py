@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from helpers import PATCH_NUMS, tiny_config, tiny_hmar, tiny_tokenizer, write_export
 from PIL import Image
@@ -143,7 +144,7 @@ BAD_SETTINGS = {
     "pipeline parallelism": (("parallel.pipeline_parallel=2",), ("pipeline_parallel=2 is not supported", "use")),
     "ZeRO 3": (("parallel.zero_stage=3",), ("zero_stage=3 is not supported", "use zero_stage=1")),
     "scales that do not end at the resolution": (
-        ("schedule.patch_nums=[1, 2, 5]",),
+        ("schedule.patch_nums=[1, 2, 5]", "schedule.mask_schedule=null"),
         ("patch_nums=(1, 2, 5)", "20 px", "resolution=16", "end patch_nums at 4 or set resolution=20"),
     ),
     "scales that shrink": (("schedule.patch_nums=[1, 4, 2]",), ("patch_nums=(1, 4, 2)", "increase strictly")),
@@ -229,11 +230,8 @@ def test_train_refuses_as_input(workplace, settings, parts):
 
 def test_the_refusal_of_a_foreign_tokenizer_names_both_fingerprints(workplace, inputs):
     message = workplace.refusal("train", "demo", *TRAINABLE, "tokenizer.path=in/other_tokenizer")
-    fingerprints = [json.loads((inputs / f / "config.json").read_text())["fingerprint"] for f in TOKENIZERS]
-    assert_says(message, *fingerprints)
-
-
-TOKENIZERS = ("tokenizer", "other_tokenizer")
+    descriptions = [inputs / name / "config.json" for name in ("tokenizer", "other_tokenizer")]
+    assert_says(message, *(json.loads(path.read_text())["fingerprint"] for path in descriptions))
 
 
 # The other commands
@@ -242,6 +240,14 @@ EDIT = ("edit", "in/model", "in/image.png", "--mask", "in/mask.png", "--class", 
 SAMPLE = ("sample", "in/model")
 
 BAD_COMMANDS = {
+    "demo: an output that is taken": (
+        ("demo", "--out", "in/shards"),
+        ("in/shards exists and is not empty", "choose another --out, or give --overwrite"),
+    ),
+    "demo: an output below a file": (
+        ("demo", "--out", "in/a_file/demo"),
+        ("cannot write in/a_file/demo", "folder you can write to"),
+    ),
     "sample: a class that does not exist": (
         (*SAMPLE, "--classes", "0,5", "--out", "grid.png"),
         ("class 5 is out of range", "5 classes, 0 to 4"),
@@ -331,7 +337,7 @@ BAD_COMMANDS = {
     ),
     "tokenizer train: an output below a file": (
         ("tokenizer", "train", "demo", "--out", "in/a_file/tokenizer", "data.images=in/shards"),
-        ("cannot write in/a_file/tokenizer", "folder you can write to"),
+        ("cannot write to in/a_file/tokenizer", "Not a directory", "give a folder that can be written"),
     ),
     "export: a run that is not there": (
         ("export", "nowhere", "model"),
@@ -355,6 +361,16 @@ BAD_COMMANDS = {
 @pytest.mark.parametrize(("argv", "parts"), BAD_COMMANDS.values(), ids=BAD_COMMANDS)
 def test_refused(workplace, argv, parts):
     assert_says(workplace.refusal(*argv), *parts)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    "argv",
+    [(*SAMPLE, "--classes", "0", "--out", "grid.png"), ("data", "encode", "in/shards", "in/tokenizer", "tokens")],
+    ids=["sample", "data encode"],
+)
+def test_a_gpu_that_is_not_there_is_refused(workplace, argv):
+    assert_says(workplace.refusal(*argv, "--device", "cuda"), "--device cuda", "cpu")
 
 
 # What argparse refuses
