@@ -16,12 +16,13 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from hmar_mega.data.order import SHARD_ORDER, SPLIT_ORDER, permutation
+from hmar_mega.data.order import permutation
 from hmar_mega.data.shard import image_fields
 from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
 from hmar_mega.files import new_folder
 from hmar_mega.progress import Tally, track
+from hmar_mega.rng import Purpose
 
 DemoName = Literal["digits", "fashion-mnist"]
 
@@ -110,7 +111,7 @@ def _split(images: _ImageSet, val_fraction: float | None) -> tuple[np.ndarray, n
         is_val = np.arange(count) >= count - images.published_val
     else:
         is_val = _stratified(images.labels, 0.1 if val_fraction is None else val_fraction)
-    shuffled = permutation(count, 0, 0, SHARD_ORDER)
+    shuffled = permutation(count, 0, 0, Purpose.SHARD_ORDER)
     return shuffled[~is_val[shuffled]], shuffled[is_val[shuffled]]
 
 
@@ -122,7 +123,7 @@ def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         taken = min(max(1, round(fraction * len(members))), len(members) - 1)
-        is_val[members[permutation(len(members), 0, int(label), SPLIT_ORDER)[:taken]]] = True
+        is_val[members[permutation(len(members), 0, int(label), Purpose.SPLIT_ORDER)[:taken]]] = True
     return is_val
 
 

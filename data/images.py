@@ -16,12 +16,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from hmar_mega.data.index import require_kind
-from hmar_mega.data.order import CROP, SampleOrder
+from hmar_mega.data.order import SampleOrder
 from hmar_mega.data.reader import ImageSample, ShardReader
 from hmar_mega.data.threads import map_ahead
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
-from hmar_mega.rng import uniform
+from hmar_mega.rng import Purpose, uniform
 
 Augment = Literal["crop", "none"]
 
@@ -120,7 +120,7 @@ class ImageStream:
         places = [(0.5, 0.5)] * count
         if self._augment == "crop":
             positions = torch.arange(start_position, start_position + count)
-            places = [(u, v) for u, v in uniform(torch.tensor(self._seed), positions, CROP, 2).tolist()]
+            places = [(u, v) for u, v in uniform(torch.tensor(self._seed), positions, Purpose.CROP, 2).tolist()]
         return torch.stack(list(map_ahead(self._load, zip(samples, places, strict=True), self._workers)))
 
     def _load(self, item: tuple[int, tuple[float, float]]) -> Tensor:

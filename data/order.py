@@ -7,14 +7,7 @@ import threading
 import numpy as np
 import torch
 
-from hmar_mega.rng import philox4x32
-
-#: Random streams of the data room, beside those of `hmar_mega.rng.Purpose`. 17 … 79 are free there: SAMPLE takes only
-#: 16 of its first block of 64, since scale 1 is a single token sampled in a single pass.
-CROP = 32
-EPOCH_ORDER = 33
-SHARD_ORDER = 34
-SPLIT_ORDER = 35
+from hmar_mega.rng import Purpose, philox4x32
 
 _LOW = 0xFFFFFFFF
 
@@ -80,7 +73,7 @@ class SampleOrder:
         with self._lock:
             if epoch not in self._epochs:
                 if self.shuffle:
-                    order = permutation(self.num_samples, self.seed, epoch, EPOCH_ORDER)
+                    order = permutation(self.num_samples, self.seed, epoch, Purpose.EPOCH_ORDER)
                 else:
                     order = np.arange(self.num_samples)
                 # Read-ahead touches two epochs at an edge; older ones are not needed again.

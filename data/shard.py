@@ -13,11 +13,12 @@ from PIL import Image
 
 from hmar_mega.data.images import DECODE_ERRORS, describe_damage
 from hmar_mega.data.index import ShardIndex
-from hmar_mega.data.order import SHARD_ORDER, permutation
+from hmar_mega.data.order import permutation
 from hmar_mega.data.threads import map_ahead
 from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
 from hmar_mega.progress import track
+from hmar_mega.rng import Purpose
 
 #: File names that are taken for images.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -65,7 +66,7 @@ def shard_images(
     if out.resolve().is_relative_to(src.resolve()):
         raise UserError(f"{out} is inside {src}, the folder to read; give an output folder outside of it")
     classes, sources = find_images(src)
-    order = permutation(len(sources), seed, 0, SHARD_ORDER).tolist()
+    order = permutation(len(sources), seed, 0, Purpose.SHARD_ORDER).tolist()
     checked = map_ahead(_check, (sources[number] for number in order), workers)
     with track("shard", len(sources), progress) as tally:
         with open_shards(out, "images", classes, samples_per_shard) as writer:

@@ -24,7 +24,13 @@ class Purpose(IntEnum):
     MASK_RATIO = 2
     MASK_POSITION = 3
     DROP_PATH = 4
-    SAMPLE = 16  #: one stream a (scale, pass): SAMPLE + 64·scale + pass
+    CODEBOOK_RENEWAL = 8
+    CODEBOOK_START = 9
+    CROP = 32
+    EPOCH_ORDER = 33
+    SHARD_ORDER = 34
+    SPLIT_ORDER = 35
+    SAMPLE = 4096  #: one stream a (scale, pass): SAMPLE·(scale + 1) + pass
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import os
 # Before torch is imported: the tensors of tests are tiny, and on a machine of many cores threads cost more than they
 # give. Processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -19,9 +19,6 @@ from hmar_mega.tokenizer.quantizer import MultiScaleQuantizer, area_down
 #: Weight of the past in the moving average of code hits.
 HITS_DECAY = 0.99
 
-#: Streams of `rng.uniform` that pick the rows codes are made of: in the middle of training, and before it.
-RENEWED_CODES, FIRST_CODES = 8, 9
-
 
 def reconstruction_loss(
     reconstruction: Tensor, images: Tensor, l1_weight: float, l2_weight: float
@@ -129,7 +126,7 @@ def seed_codebook(quantizer: MultiScaleQuantizer, f: Tensor, seed: int) -> None:
     for k, side in enumerate(quantizer.schedule.patch_nums):
         rows = area_down(residual, side).flatten(2).transpose(1, 2).flatten(0, 1)
         share = -(-(len(codes) - filled) // (num_scales - k))
-        fresh = draw_rows([rows], share, seed, k, FIRST_CODES)
+        fresh = draw_rows([rows], share, seed, k, rng.Purpose.CODEBOOK_START)
         codes[filled : filled + len(fresh)] = fresh
         filled += len(fresh)
         codes[filled:] = codes[0]  # equal distances go to the lower index: codes not yet given are never chosen
@@ -158,7 +155,7 @@ def renew_codes(
     dead = usage.dead(step, patience)
     if len(dead) == 0:
         return 0
-    fresh = draw_rows(rows, len(dead), seed, step, RENEWED_CODES)
+    fresh = draw_rows(rows, len(dead), seed, step, rng.Purpose.CODEBOOK_RENEWAL)
     dead = dead[: len(fresh)]
     embedding.weight[dead] = fresh.to(embedding.weight.dtype)
     for moment in optimizer.state.get(embedding.weight, {}).values():

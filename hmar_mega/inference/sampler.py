@@ -141,7 +141,7 @@ class _State:
 
     def draw(self, logits: Tensor, scale: int, attempt: int) -> tuple[Tensor, Tensor]:
         """Tokens and confidences from the numbers of (seed, scale, pass)."""
-        purpose = int(Purpose.SAMPLE) + 64 * scale + attempt
+        purpose = Purpose.SAMPLE * (scale + 1) + attempt
         numbers = uniform(self.seeds, torch.zeros_like(self.seeds), purpose, logits.shape[1])
         return sample_truncated(logits, numbers, self.settings.top_k, self.settings.top_p)
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hmar_mega.data.images import ImageStream, decode_sample, image_grid, image_to_tensor, tensor_to_image, to_rgb
-from hmar_mega.data.order import CROP, SampleOrder
+from hmar_mega.data.order import SampleOrder
 from hmar_mega.data.reader import ImageSample, ShardReader
 from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
-from hmar_mega.rng import uniform
+from hmar_mega.rng import Purpose, uniform
 
 
 def ramp(width: int, height: int) -> Image.Image:
@@ -116,7 +116,7 @@ def test_an_image_depends_on_its_position_alone(reader, workers):
 
 def test_position_decides_sample_and_crop(reader):
     order, position = SampleOrder(6, seed=0), 9
-    place = uniform(torch.tensor(1), torch.tensor([position]), CROP, 2)[0].tolist()
+    place = uniform(torch.tensor(1), torch.tensor([position]), Purpose.CROP, 2)[0].tolist()
     image = decode_sample(reader.read_image(order.sample_index(position)))
     assert torch.equal(stream(reader).batch(position, 1)[0], image_to_tensor(image, 16, "crop", tuple(place)))
 

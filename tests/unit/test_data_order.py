@@ -9,20 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmar_mega.data.order import EPOCH_ORDER, SampleOrder, permutation
+from hmar_mega.data.order import SampleOrder, permutation
 from hmar_mega.data.threads import map_ahead
+from hmar_mega.rng import Purpose
 
 
 def test_golden_order():
     """A change here changes the data every resumed run sees."""
-    assert permutation(10, 0, 0, EPOCH_ORDER).tolist() == [1, 3, 9, 2, 4, 0, 5, 6, 8, 7]
-    large = permutation(300_000, 2**40 + 1, 2**33, EPOCH_ORDER)  # 32-bit sort keys would tie here
+    assert permutation(10, 0, 0, Purpose.EPOCH_ORDER).tolist() == [1, 3, 9, 2, 4, 0, 5, 6, 8, 7]
+    large = permutation(300_000, 2**40 + 1, 2**33, Purpose.EPOCH_ORDER)  # 32-bit sort keys would tie here
     assert hashlib.sha256(large.astype("<i8").tobytes()).hexdigest()[:16] == "441117e41fbfd6da"
 
 
 @given(st.integers(1, 200), st.integers(0, 2**62), st.integers(0, 2**40))
 def test_permutation_holds_every_number_once(count, seed, stream):
-    assert sorted(permutation(count, seed, stream, EPOCH_ORDER).tolist()) == list(range(count))
+    assert sorted(permutation(count, seed, stream, Purpose.EPOCH_ORDER).tolist()) == list(range(count))
 
 
 def test_permutations_differ_by_seed_epoch_and_purpose():

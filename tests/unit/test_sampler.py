@@ -43,7 +43,7 @@ LAST_NUMBER = 1 - 2.0**-24  # the largest that `uniform` gives
 
 def numbers_of(seed: int, scale: int, attempt: int, count: int) -> Tensor:
     """The uniform numbers an image of `seed` draws a pass from, (1, count)."""
-    return uniform(torch.tensor([seed]), torch.tensor([0]), Purpose.SAMPLE + 64 * scale + attempt, count)
+    return uniform(torch.tensor([seed]), torch.tensor([0]), Purpose.SAMPLE * (scale + 1) + attempt, count)
 
 
 # ------------------------------------------------------------------------------------------------------ truncation

@@ -1,19 +1,15 @@
-"""Learning rate and weight decay by step (SPEC §4), and the figures a run leaves in metrics.jsonl."""
+"""Learning rate and weight decay by optimizer step (SPEC §4)."""
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hmar_mega.config import load_config
-from hmar_mega.metrics import MetricsLog, read_metrics
 from hmar_mega.schedules import Schedule
 
 IMAGES = 1_281_167  # ImageNet's training set
@@ -110,60 +106,3 @@ def test_the_learning_rate_is_scaled_by_the_global_batch():
 def test_a_data_set_smaller_than_a_batch_still_makes_a_step():
     config = load_config(None, ["optim.epochs=1", "data.global_batch_size=768"])
     assert Schedule.of(config, 10).total_steps == 1
-
-
-# --------------------------------------------------------------------------------------------------------- metrics
-
-
-def rows(run: Path) -> list[tuple[str, int]]:
-    return [(r["kind"], r["step"]) for r in read_metrics(run)]
-
-
-def log_of(run: Path, resumed_step: int = 0) -> MetricsLog:
-    config = tiny_config()
-    quiet = config.logging.model_copy(update={"tensorboard": False})
-    return MetricsLog(run, config.model_copy(update={"logging": quiet}), resumed_step)
-
-
-def test_rows_are_readable_while_the_run_goes_on(tmp_path: Path):
-    log = log_of(tmp_path)
-    log.write("train", 10, {"loss": 2.5, "scale_loss": [1.0, 4.0]})
-    assert read_metrics(tmp_path) == [{"kind": "train", "step": 10, "loss": 2.5, "scale_loss": [1.0, 4.0]}]
-    log.close()
-
-
-def test_resuming_drops_the_rows_of_steps_that_are_run_again(tmp_path: Path):
-    log = log_of(tmp_path)
-    for step in (10, 20, 30):
-        log.write("train", step, {"loss": 1.0})
-    log.write("val", 20, {"all_scales": 1.0})
-    log.close()
-    log = log_of(tmp_path, resumed_step=20)
-    log.write("train", 30, {"loss": 2.0})
-    log.close()
-    assert rows(tmp_path) == [("train", 10), ("train", 20), ("val", 20), ("train", 30)]
-    assert read_metrics(tmp_path)[-1]["loss"] == 2.0
-
-
-def test_a_line_cut_short_by_a_kill_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    whole = json.dumps({"kind": "train", "step": 10, "loss": 1.0})
-    (tmp_path / "metrics.jsonl").write_text(f'{whole}\n{{"kind": "train", "st')
-    assert rows(tmp_path) == [("train", 10)]
-    assert "cut short" in caplog.text
-    log = log_of(tmp_path, resumed_step=10)
-    log.write("train", 20, {"loss": 1.0})
-    log.close()
-    assert rows(tmp_path) == [("train", 10), ("train", 20)]
-
-
-def test_tensorboard_gets_a_scalar_for_every_number_of_a_list(tmp_path: Path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = MetricsLog(tmp_path, tiny_config(), 0)
-    log.write("train", 10, {"loss": 2.5, "scale_loss": [1.0, 4.0], "note": "text"})
-    log.close()
-    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    values = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert values == {
-        "train/loss": [(10, 2.5)], "train/scale_loss/1": [(10, 1.0)], "train/scale_loss/2": [(10, 4.0)],
-    }  # fmt: skip

@@ -1,0 +1,216 @@
+"""What the engine decides before it starts: micro-batches, DeepSpeed's settings, the optimizer's groups, and when it
+refuses to go on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import tiny_hmar
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hmar_mega.config import Config, load_config
+from hmar_mega.engine import Engine, TrainingError, _adamw, _deepspeed_config, micro_batch_size
+from hmar_mega.errors import UserError
+from hmar_mega.parallel.dims import ParallelDims
+from hmar_mega.schedules import Schedule
+
+ALONE = ParallelDims(tensor_parallel=1, data_parallel=1, rank=0, local_rank=0)
+
+TINY = (
+    "model.depth=2", "model.width=32", "model.heads=2", "model.mask_layers=1", "model.num_classes=5",
+    "schedule.resolution=16", "schedule.patch_nums=[1, 2, 4]", "tokenizer.channel_mult=[1, 1, 1]",
+    "tokenizer.codebook_size=32", "tokenizer.latent_channels=8", "precision.compute=fp32",
+)  # fmt: skip
+
+
+def config(*settings: str) -> Config:
+    return load_config(None, [*TINY, *settings])
+
+
+def batches(total: int, micro: int | None) -> Config:
+    given_micro = "null" if micro is None else str(micro)
+    return config(f"data.global_batch_size={total}", f"data.micro_batch_size={given_micro}")
+
+
+# Micro-batches
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "ranks", "expected"),
+    [
+        (768, None, 8, 32),  # 96 a rank, 32 at once
+        (768, None, 1, 32),
+        (24, None, 2, 12),  # the whole share, being below 32
+        (70, None, 2, 7),  # 35 a rank does not fit 32; its largest divisor that does
+        (37, None, 1, 1),  # a prime beyond 32
+        (31, None, 1, 31),
+        (768, 4, 8, 4),
+        (8, 8, 1, 8),
+    ],
+)
+def test_micro_batch_is_as_configured_or_the_largest_that_fits_32(total, micro, ranks, expected):
+    assert micro_batch_size(batches(total, micro), ranks) == expected
+
+
+@given(total=st.integers(1, 5000), ranks=st.integers(1, 64), micro=st.none() | st.integers(1, 64))
+def test_micro_batches_fill_the_global_batch_or_a_size_that_would_is_named(total, ranks, micro):
+    settings = batches(total, micro)
+    try:
+        size = micro_batch_size(settings, ranks)
+    except UserError as err:
+        assert total % (ranks * (micro or 1)) != 0
+        named = [int(word) for word in str(err).rsplit("; use ", 1)[1].split(" or ")]
+        assert min(abs(total - n) for n in named) < ranks * (micro or 1)
+        for fitting in named:
+            assert micro_batch_size(batches(fitting, micro), ranks) >= 1
+    else:
+        assert total % (size * ranks) == 0
+        assert micro in (None, size)
+        assert micro is not None or size <= 32
+
+
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do():
+    with pytest.raises(UserError) as caught:
+        micro_batch_size(batches(50, 4), 3)
+    assert str(caught.value) == (
+        "global_batch_size=50 is not a multiple of 3 data-parallel processes × micro_batch_size 4; use 48 or 60"
+    )
+
+
+def test_a_batch_below_the_smallest_is_not_answered_with_0():
+    with pytest.raises(UserError, match=r"use 8$"):
+        micro_batch_size(batches(3, 2), 4)
+
+
+# DeepSpeed
+
+
+def test_deepspeed_accumulates_what_the_micro_batches_leave_and_clips():
+    settings = _deepspeed_config(config("data.global_batch_size=48", "optim.clip=1.5"), micro=4, accumulation=6)
+    assert settings["train_batch_size"] == 48
+    assert settings["train_micro_batch_size_per_gpu"] == 4
+    assert settings["gradient_accumulation_steps"] == 6
+    assert settings["gradient_clipping"] == 1.5
+    assert settings["zero_optimization"] == {"stage": 1}
+
+
+def test_float32_asks_for_no_other_number_format():
+    settings = _deepspeed_config(config(), micro=1, accumulation=1)
+    assert not {"bf16", "fp16", "data_types"} & settings.keys()
+
+
+def test_bf16_accumulates_gradients_in_float32():
+    settings = _deepspeed_config(config("precision.compute=bf16"), micro=1, accumulation=4)
+    assert settings["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+# The optimizer
+
+
+def names_by_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[bool, set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {group["decays"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+
+
+def test_weight_decay_spares_vectors_biases_and_tables():
+    settings = config("model.shared_aln=true")
+    model = tiny_hmar(settings)
+    groups = names_by_decay(model, _adamw(model, settings, ALONE))
+    assert {"pos_start", "pos_embed", "level_embed", "blocks.0.ada_gss", "word_embed.bias"} <= groups[False]
+    assert {"blocks.1.attn.q_bias", "blocks.1.attn.log_scale", "head.linear.bias"} <= groups[False]
+    assert {"class_embed.weight", "word_embed.weight", "blocks.0.attn.qkv.weight", "head.linear.weight"} <= groups[True]
+    assert groups[True] | groups[False] == {name for name, _ in model.named_parameters()}
+    assert not groups[True] & groups[False]
+
+
+def test_the_mask_embedding_decays_and_frozen_parameters_are_in_no_group():
+    settings = config("stage.name=masked")
+    model = tiny_hmar(settings)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("mask_"))
+    groups = names_by_decay(model, _adamw(model, settings, ALONE))
+    assert "mask_embed" in groups[True]
+    assert groups[True] | groups[False] == {n for n, _ in model.named_parameters() if n.startswith("mask_")}
+
+
+def test_adamw_has_the_configured_betas_and_eps():
+    settings = config("optim.betas=[0.8, 0.97]", "optim.eps=1e-6")
+    optimizer = _adamw(tiny_hmar(settings), settings, ALONE)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.97), 1e-6)}
+
+
+@pytest.mark.parametrize("impl", ["te", "apex"])
+def test_an_optimizer_that_is_not_there_is_refused_with_the_one_that_is(impl):
+    settings = config(f"optim.impl={impl}")
+    with pytest.raises(UserError, match=f"optim.impl={impl} is not available in this version; use optim.impl=torch"):
+        _adamw(tiny_hmar(settings), settings, ALONE)
+
+
+# Steps: the engine around a stand-in for DeepSpeed
+
+
+class StandIn:
+    """Counts calls and answers with a given gradient norm."""
+
+    def __init__(self, norm: float | None) -> None:
+        self.norm = norm
+        self.losses: list[torch.Tensor] = []
+        self.steps = 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.losses.append(loss)
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def get_global_grad_norm(self) -> float | None:
+        return self.norm
+
+
+def engine_with(norm: float | None, schedule: Schedule) -> Engine:
+    engine = Engine.__new__(Engine)
+    parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
+    optimizer = torch.optim.AdamW([{"params": [p], "decays": p.ndim > 1} for p in parameters], lr=1.0)
+    engine.zero = SimpleNamespace(optimizer=optimizer)
+    engine.deepspeed, engine.schedule, engine.step = StandIn(norm), schedule, 0
+    return engine
+
+
+SCHEDULE = Schedule(
+    total_steps=11, warmup_steps=4, peak_lr=0.5, warmup_start=0.0, flat_fraction=0.0, final_ratio=0.0,
+    weight_decay=0.2, weight_decay_end=0.4,
+)  # fmt: skip
+
+
+def test_a_step_takes_every_micro_batch_and_gives_the_norm():
+    engine = engine_with(0.75, SCHEDULE)
+    assert engine.train_step([1, 2, 3], lambda batch: torch.tensor(float(batch))) == 0.75
+    assert [float(loss) for loss in engine.deepspeed.losses] == [1.0, 2.0, 3.0]
+    assert (engine.deepspeed.steps, engine.step) == (3, 1)
+
+
+def test_each_step_has_its_learning_rate_and_only_the_decaying_group_its_weight_decay():
+    engine = engine_with(1.0, SCHEDULE)
+    decaying, other = engine.zero.optimizer.param_groups
+    for step in range(3):
+        assert engine.learning_rate == 0.125 * step
+        engine.train_step([0], lambda _: torch.zeros(()))
+        assert decaying["lr"] == other["lr"] == 0.125 * step
+        assert decaying["weight_decay"] == SCHEDULE.decay(step)
+        assert other["weight_decay"] == 0.0
+    assert SCHEDULE.decay(2) > SCHEDULE.decay(0) == 0.2
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_stops_training_without_counting_the_step(norm):
+    engine = engine_with(norm, SCHEDULE)
+    engine.step = 7
+    with pytest.raises(TrainingError, match=f"gradient norm is {norm} at step 7.*the last checkpoint is kept.*Lower"):
+        engine.train_step([0], lambda _: torch.zeros(()))
+    assert engine.step == 7
