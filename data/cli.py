@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmar_mega.errors import UserError
-
 if TYPE_CHECKING:
     from hmar_mega.data.index import ShardIndex
 
@@ -17,7 +15,13 @@ LISTED_SHARDS = 10
 
 def add_data_parser(subparsers: Any) -> None:
     """Add `data` and its commands to the sub-parsers of `hmar-mega`; each sets `run`, a function of the arguments."""
-    parser = subparsers.add_parser("data", help="make shards of images and tokens", description=__doc__)
+    parser = _add(
+        subparsers,
+        "data",
+        "make shards of images and tokens",
+        "Demo data, sharding, encoding, and what a folder of shards holds.",
+        "  hmar-mega data shard photos/train shards/train\n  hmar-mega data info shards/train",
+    )
     commands = parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_shard(commands)
@@ -123,16 +127,11 @@ def _run_shard(args: argparse.Namespace) -> int:
 
 
 def _run_encode(args: argparse.Namespace) -> int:
-    import torch
-
+    from hmar_mega.devices import pick_device
     from hmar_mega.tokenizer.encode import encode_shards
     from hmar_mega.tokenizer.model import MultiScaleVQVAE
 
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from None
+    device = pick_device(args.device)
     tokenizer = MultiScaleVQVAE.load(args.tokenizer).to(device).eval()
     encode_shards(
         args.shards,

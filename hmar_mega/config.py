@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hmar_mega.errors import UserError
 from hmar_mega.scales import MASK_SCHEDULES, PATCH_NUMS, Pattern, ScaleSchedule, mask_schedule_for
@@ -286,6 +286,11 @@ class LoggingConfig(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "hmar-mega"
 
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off as false
+
 
 class RunConfig(Section):
     """The run directory, its seed and what it starts from."""
@@ -314,7 +319,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        self.schedule.scales.check_fits(self.schedule.resolution, self.tokenizer.downsample)
+        if self.tokenizer.path is None:  # a trained tokenizer brings its own architecture
+            self.schedule.scales.check_fits(self.schedule.resolution, self.tokenizer.downsample)
+        if self.stage.name == "masked" and self.model.attention.pattern != "block_diagonal":
+            raise ValueError(
+                "stage.name=masked needs model.attention.pattern=block_diagonal: the mask branch predicts the tokens "
+                "of a scale from that scale alone; a block_causal (VAR) model has stage next_scale only"
+            )
         heads, tp = self.model.resolved_heads, self.parallel.tensor_parallel
         if heads % tp:
             raise ValueError(

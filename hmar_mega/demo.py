@@ -27,6 +27,7 @@ from torch import Tensor
 from hmar_mega.data.images import ImageStream, image_grid
 from hmar_mega.data.reader import SampleOrder, ShardReader
 from hmar_mega.errors import UserError
+from hmar_mega.files import cannot_write
 from hmar_mega.inference import ImageModel, edit_images, load_model
 from hmar_mega.report import DEMANDED_ACCURACY, DemoFigures, write_report
 from hmar_mega.versions import installed_versions
@@ -42,11 +43,14 @@ def run_demo(out: Path, processes: int = 2, overwrite: bool = False) -> int:
     Raises:
         UserError: when `out` exists, or a step fails.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise UserError(f"{out} exists and is not empty; choose another --out, or give --overwrite to replace it")
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise cannot_write(out, err) from None
     steps = _Steps()
     with steps.watch_memory():
         _train_everything(out, processes, steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hmar_mega.errors import UserError
+
+#: What the system says of a place that takes no more, as opposed to a mistake of ours.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -19,23 +23,23 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         UserError: when the folder cannot be written.
     """
     raw = data.encode() if isinstance(data, str) else data
-    temporary: str | None = None
+    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+        sync_path(path.parent)
     except OSError as err:
+        raise cannot_write(path, err) from None
+    finally:
         if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise UserError(
-            f"cannot write {path}: {err.strerror}; choose a folder you can write to with space left"
-        ) from None
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -51,17 +55,38 @@ def new_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as err:
-        raise UserError(f"cannot write {path}: {err.strerror}; choose a folder you can write to") from None
+        raise cannot_write(path, err) from None
     try:
-        temporary.chmod(0o755)
         yield temporary
+        for file in [temporary, *temporary.rglob("*")]:
+            file.chmod(0o755 if file.is_dir() else 0o644)
         sync_folder(temporary)
         if path.exists():
             path.rmdir()
         temporary.rename(path)
         sync_path(path.parent)
+    except OSError as err:
+        if err.errno in FULL:
+            raise cannot_write(path, err) from None
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless `folder` is, or could be made as, a folder to write in."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise cannot_write(folder, NotADirectoryError(errno.ENOTDIR, f"{existing} is not a folder"))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise cannot_write(folder, PermissionError(errno.EACCES, f"no permission to write in {existing}"))
+
+
+def cannot_write(path: Path, err: OSError) -> UserError:
+    """The error to show when the system refuses to write `path`."""
+    return UserError(f"cannot write {path}: {err.strerror}; choose a folder you can write to with space left")
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,12 +14,13 @@ def train_flops_per_image(config: Config) -> float:
     """FLOPs of forward and backward for one image.
 
     6 · (block weights without AdaLN + head) · tokens + 12 · depth · H·D · attended pairs, the usual count in which
-    recomputation adds nothing.
+    recomputation adds nothing. In stage 2 the frozen base has no weight gradients: 4 instead of 6 for its weights.
     """
     model, schedule = config.model, config.schedule.scales
     width = model.resolved_width
     block = 4 * width * width + 2 * width * model.ffn_width
-    weights = model.depth * block + width * config.tokenizer.codebook_size
+    frozen = model.depth - model.resolved_mask_layers if config.stage.name == "masked" else 0
+    weights = model.depth * block + width * config.tokenizer.codebook_size - frozen * block / 3
     attention = 12 * model.depth * width * schedule.attended_pairs(model.attention.pattern)
     return 6.0 * weights * schedule.num_tokens + attention
 

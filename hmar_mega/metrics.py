@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,17 +81,27 @@ def _flatten(kind: str, values: Mapping[str, Any]) -> list[tuple[str, float]]:
     return flat
 
 
-def _start_wandb(run: Path, config: Config) -> Any:
+def require_wandb(mode: str) -> Any:
+    """The wandb module; UserError when it is not installed."""
     try:
         import wandb
     except ImportError:
         raise UserError(
-            f"logging.wandb={config.logging.wandb} needs the wandb package: pip install 'hmar-mega[wandb]', "
-            "or set logging.wandb=off"
+            f"logging.wandb={mode} needs the wandb package: pip install 'hmar-mega[wandb]', or set logging.wandb=off"
         ) from None
+    return wandb
+
+
+def _start_wandb(run: Path, config: Config) -> Any:
+    wandb = require_wandb(config.logging.wandb)
+    name = run / "wandb_id"
+    if not name.exists():
+        write_atomic(name, uuid.uuid4().hex[:8] + "\n")
     os.environ.setdefault("WANDB_SILENT", "true")
     return wandb.init(
         project=config.logging.wandb_project,
+        id=name.read_text().strip(),
+        resume="allow",
         name=run.name,
         dir=str(run),
         mode=config.logging.wandb,

@@ -71,7 +71,7 @@ class Objective:
 
     @torch.no_grad()
     def evaluation(self, forward: Forward, batch: TokenBatch) -> Scores:
-        """Scores with every label kept and no drop-path; masks are functions of the sample's position alone."""
+        """Scores with every label kept and no drop-path; masks are functions of (seed, the sample's number)."""
         return self._scores(forward, batch.labels.to(self.device), batch, None)
 
     def _scores(self, forward: Forward, labels: Tensor, batch: TokenBatch, drop_path: Tensor | None) -> Scores:

@@ -115,10 +115,5 @@ def masked_loss(cross_entropy_BN: Tensor, mask_BN: Tensor) -> Tensor:
     return (cross_entropy_BN[:, 1:].float() * masked).sum(1) / masked.sum(1)
 
 
-def per_scale_mean(values_BN: Tensor, schedule: ScaleSchedule) -> Tensor:
-    """Mean over the tokens of each scale: (B, N) → (B, K)."""
-    return torch.stack([values_BN[:, schedule.span(k)].mean(1) for k in range(schedule.num_scales)], dim=1)
-
-
 def _seed(seed: int, positions_B: Tensor) -> Tensor:
     return torch.full_like(positions_B, seed)

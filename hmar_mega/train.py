@@ -23,9 +23,9 @@ from hmar_mega.config import Config, config_to_yaml
 from hmar_mega.data.reader import SampleOrder, ShardReader, StreamLoader, check_fingerprint, eval_batches
 from hmar_mega.engine import Engine, micro_batch_size
 from hmar_mega.errors import UserError
-from hmar_mega.files import write_atomic
+from hmar_mega.files import check_writable, write_atomic
 from hmar_mega.inference.grid import GridSampler
-from hmar_mega.metrics import MetricsLog
+from hmar_mega.metrics import MetricsLog, require_wandb
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.model.layers_mcore import McoreLayers
 from hmar_mega.objective import Objective
@@ -169,7 +169,11 @@ def _check_paths(config: Config) -> Path:
         )
     if config.run.init_from is not None:
         open_weights(config.run.init_from)
-    return Path(config.run.dir)
+    if config.logging.wandb != "off":
+        require_wandb(config.logging.wandb)
+    folder = Path(config.run.dir)
+    check_writable(folder)
+    return folder
 
 
 def _open_shards(path: str | None, key: str, config: Config, tokenizer: MultiScaleVQVAE) -> ShardReader:
@@ -193,6 +197,7 @@ def _check_tokenizer_config(config: Config, tokenizer: MultiScaleVQVAE) -> None:
 
 def _with_resolved(config: Config, tokenizer: MultiScaleVQVAE) -> Config:
     """The tokenizer section as the trained tokenizer has it, with an absolute path."""
+    config.schedule.scales.check_fits(config.schedule.resolution, tokenizer.config.downsample)
     section = tokenizer.config.model_copy(
         update={"path": str(Path(str(config.tokenizer.path)).resolve()), "train": config.tokenizer.train}
     )

@@ -8,21 +8,28 @@ from typing import Any
 
 from hmar_mega.errors import UserError
 
+EXAMPLE = "example:\n  hmar-mega tokenizer train demo --out vae data.images=shards/train data.images_val=shards/val"
+
 #: Held-out images that PSNR and the reconstruction sheet are made from.
 VALIDATION_IMAGES = 512
 
 
 def add_tokenizer_parser(subparsers: Any) -> None:
     """Add `tokenizer` and its commands to the sub-parsers of `hmar-mega`."""
-    parser = subparsers.add_parser("tokenizer", help="train the multi-scale VQ-VAE", description=__doc__)
+    parser = subparsers.add_parser(
+        "tokenizer",
+        help="train the multi-scale VQ-VAE",
+        description="The multi-scale VQ-VAE.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="tokenizer_command", metavar="COMMAND", required=True)
     train = commands.add_parser(
         "train",
         help="train a tokenizer on image shards",
         description="Train the multi-scale VQ-VAE of a configuration on the image shards in data.images; the result "
         "goes to OUT.",
-        epilog="example:\n  hmar-mega tokenizer train demo --out runs/tokenizer data.images=shards/train "
-        "data.images_val=shards/val",
+        epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a packaged configuration")

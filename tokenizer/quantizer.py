@@ -2,7 +2,7 @@
 
 One codebook and a few φ convolutions are shared by all scales. Axes: B batch, Z latent channels, h × w the full latent
 grid (p_K × p_K), K scales, p_k² tokens at scale k, N = Σ p_k² tokens in all, V codes, R rows of a flattened map. All
-arithmetic is float32, whatever autocast says: a token id must not depend on the precision around it.
+arithmetic is float32, whatever autocast says, and never TF32: a token id must not depend on the precision around it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmar_mega.errors import UserError
+from hmar_mega.precision import exact_float32
 from hmar_mega.scales import ScaleSchedule
 
 #: Rows compared with the codebook at once: bounds the (rows, V) distance matrix to 256 MB at V = 4096.
@@ -94,7 +95,7 @@ class MultiScaleQuantizer(nn.Module):
         Returns:
             (R,) int64 in [0, V).
         """
-        with torch.autocast(z_rows.device.type, enabled=False):
+        with torch.autocast(z_rows.device.type, enabled=False), exact_float32():
             codes = self.embedding.weight.detach().float()
             if self.using_znorm:
                 codes = F.normalize(codes, dim=-1)
@@ -121,7 +122,7 @@ class MultiScaleQuantizer(nn.Module):
             (B, Z, h, w) float32.
         """
         side, grid = self.schedule.patch_nums[scale], self.schedule.grid
-        with torch.autocast(tokens.device.type, enabled=False):
+        with torch.autocast(tokens.device.type, enabled=False), exact_float32():
             codes = self.embedding(tokens).float()
             if keep is not None:
                 codes = torch.where(keep[..., None], codes, codes.new_zeros(()))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hmar_mega.checkpoint.sources import LATEST, CheckpointReader, find_checkpoint
@@ -62,7 +63,10 @@ def export_run(
     settings = export_settings(config, state)
     with new_folder(out) as temporary:
         tensors = {name: reader.read(name).to(DTYPES[dtype]).contiguous() for name in reader.shapes}
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as err:
+            raise UserError(f"cannot write {out}: {err}; choose a folder with space left") from None
         tokenizer.save(temporary / "tokenizer")
         (temporary / "config.json").write_text(json.dumps(settings, indent=1))
     return settings

@@ -20,6 +20,7 @@ from hmar_mega.errors import UserError
 
 LATEST = "latest"
 BEST = "best"
+CHECKPOINT_FORMAT = 1
 
 
 class WeightSource(Protocol):
@@ -47,6 +48,10 @@ class CheckpointReader:
         try:
             self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
             index = json.loads((folder / "index.json").read_text())
+            if index["format"] != CHECKPOINT_FORMAT:
+                raise UserError(
+                    f"{folder}/index.json has format {index['format']}; this version reads {CHECKPOINT_FORMAT}"
+                )
         except (OSError, json.JSONDecodeError) as err:
             raise UserError(f"{folder} is not a complete checkpoint ({err}); pick another one of its run") from None
         self._entries: dict[tuple[str, str], dict[Box, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
@@ -66,7 +71,7 @@ class CheckpointReader:
         box = box if box is not None else whole(self._global[name])
         result = torch.empty(box.shape, dtype=torch.float32)
         found = 0
-        for stored, pieces in self._entries[name, kind].items():
+        for stored, pieces in self._entries.get((name, kind), {}).items():
             if stored.intersect(box) is not None:
                 found += paste(result, box, self._assemble(stored, pieces), stored)
         if found != box.numel:

@@ -48,6 +48,12 @@ def edit_images(
                 f"the {name} is {given.shape[-1]}×{given.shape[-2]} px, the model makes {resolution}×{resolution} px; "
                 f"resize the {name}"
             )
+    count = len(images)
+    if len(edit_mask) not in (1, count) or len(labels) != count:
+        raise UserError(
+            f"{count} images, {len(edit_mask)} masks, {len(labels)} labels: give one label an image, and one mask for "
+            "all or one an image"
+        )
     images = images.to(model.device, torch.float32)
     edit_mask = edit_mask.to(model.device).expand(len(images), 1, -1, -1)
     with torch.inference_mode():

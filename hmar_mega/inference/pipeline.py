@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hmar_mega.checkpoint.sources import ExportReader, check_shapes
 from hmar_mega.config import ModelConfig
+from hmar_mega.devices import pick_device
 from hmar_mega.errors import UserError
 from hmar_mega.inference.sampler import SampleSettings, generate_tokens
 from hmar_mega.model.hmar import HMAR
@@ -19,6 +22,11 @@ from hmar_mega.scales import ScaleSchedule, mask_schedule_for
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 
 CONFIG_FORMAT = 1
+#: What config.json must say.
+CONFIG_KEYS = (
+    "model", "patch_nums", "codebook_size", "latent_channels", "mask_branch", "mask_input", "sampling",
+    "tokenizer_fingerprint",
+)  # fmt: skip
 
 
 class ImageModel:
@@ -118,7 +126,8 @@ class ImageModel:
             UserError: for classes, seeds or schedules that do not exist.
         """
         chosen = self.sample_settings(cfg_scale, top_k, top_p, mask_schedule, mask_cfg)
-        classes, seeds = self.check_labels(labels), image_seeds(seed, len(labels))
+        classes = self.check_labels(labels)
+        seeds = image_seeds(seed, len(classes))
         step = 1 if batch_invariant else max(1, len(classes))
         images = []
         for start in range(0, len(classes), step):
@@ -140,29 +149,30 @@ class ImageModel:
         cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
         top_k = defaults["top_k"] if top_k is None else top_k
         top_p = defaults["top_p"] if top_p is None else top_p
-        if cfg_scale < 0 or top_k < 0 or not 0 < top_p <= 1:
+        mask_cfg = defaults["mask_cfg"] if mask_cfg is None else mask_cfg
+        finite = math.isfinite(cfg_scale) and math.isfinite(mask_cfg)
+        if not finite or min(cfg_scale, mask_cfg, top_k) < 0 or not 0 < top_p <= 1:
             raise UserError(
-                f"cfg_scale={cfg_scale}, top_k={top_k}, top_p={top_p}: allowed are cfg_scale ≥ 0, top_k ≥ 0 (0 keeps "
-                "all) and 0 < top_p ≤ 1"
+                f"cfg_scale={cfg_scale}, mask_cfg={mask_cfg}, top_k={top_k}, top_p={top_p}: allowed are finite "
+                "cfg_scale ≥ 0 and mask_cfg ≥ 0, top_k ≥ 0 (0 keeps all) and 0 < top_p ≤ 1"
             )
         if not self.model.has_mask_branch:
-            if mask_schedule is not None and any(len(tuple(e)) > 1 for e in mask_schedule):
+            given: Any = [tuple(e) for e in mask_schedule] if mask_schedule is not None else []
+            if any(len(e) > 1 for e in given):
                 raise UserError("this model has no mask branch, so a mask_schedule with several passes cannot be run")
-            given: Any = [[n] for n in self.schedule.scale_lengths]
         else:
             given = [tuple(e) for e in mask_schedule] if mask_schedule is not None else defaults["mask_schedule"]
         try:
             passes = mask_schedule_for(self.schedule, given)
         except ValueError as err:
             raise UserError(str(err)) from None
-        return SampleSettings(
-            cfg_scale, top_k, top_p, passes,
-            defaults["mask_cfg"] if mask_cfg is None else mask_cfg, self.settings["mask_input"],
-        )  # fmt: skip
+        return SampleSettings(cfg_scale, top_k, top_p, passes, mask_cfg, self.settings["mask_input"])
 
     def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         """Labels as (B,) int64 on the model's device; UserError for classes that do not exist."""
         classes = torch.as_tensor(labels, dtype=torch.int64).flatten()
+        if not len(classes):
+            raise UserError("no labels were given: give the class of at least one image")
         wrong = sorted({int(c) for c in classes if not 0 <= int(c) < self.num_classes})
         if wrong:
             raise UserError(
@@ -191,7 +201,7 @@ def load_model(
         UserError: when the folder is no exported model or does not fit its own config.
     """
     folder = Path(folder)
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device)
     try:
         settings = json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as err:
@@ -200,28 +210,34 @@ def load_model(
         ) from None
     if settings.get("format") != CONFIG_FORMAT:
         raise UserError(f"{folder}/config.json has format {settings.get('format')}; this version reads {CONFIG_FORMAT}")
+    missing = [key for key in CONFIG_KEYS if key not in settings]
+    if missing:
+        raise UserError(f"{folder}/config.json lacks {', '.join(missing)}; export the model again")
     tokenizer = MultiScaleVQVAE.load(folder / "tokenizer", device=str(device))
     if tokenizer.fingerprint != settings["tokenizer_fingerprint"]:
         raise UserError(
             f"{folder}/tokenizer has fingerprint {tokenizer.fingerprint}, but the model was trained on tokens of "
             f"{settings['tokenizer_fingerprint']}; put the tokenizer it was trained with back"
         )
-    with torch.device("meta"):
-        model = HMAR(
-            ModelConfig.model_validate(settings["model"]),
-            ScaleSchedule(tuple(settings["patch_nums"])),
-            settings["codebook_size"],
-            settings["latent_channels"],
-            mask_branch=settings["mask_branch"],
-        )
+    try:
+        with torch.device("meta"):
+            model = HMAR(
+                ModelConfig.model_validate(settings["model"]),
+                ScaleSchedule(tuple(settings["patch_nums"])),
+                settings["codebook_size"],
+                settings["latent_channels"],
+                mask_branch=settings["mask_branch"],
+            )
+    except (TypeError, ValueError) as err:
+        raise UserError(f"{folder}/config.json is damaged ({err}); export the model again") from None
     _fill(model, ExportReader(folder), folder, device, dtype)
     return ImageModel(model, tokenizer, settings)
 
 
 def image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
     """(count,) int64: s + i for one number s, or the given ones."""
-    if isinstance(seed, int):
-        return torch.arange(count) + seed
+    if isinstance(seed, int | np.integer):
+        return torch.arange(count) + int(seed)
     seeds = torch.as_tensor(seed, dtype=torch.int64).flatten()
     if len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds for {count} images: give one number, or one for each image")
@@ -233,6 +249,8 @@ def _fill(model: nn.Module, source: ExportReader, folder: Path, device: torch.de
     check_shapes(source, {n: tuple(p.shape) for n, p in model.named_parameters()}, folder)
     for name in [n for n, _ in model.named_parameters()]:
         owner_name, _, leaf = name.rpartition(".")
-        values = nn.Parameter(source.read(name).to(device, dtype), requires_grad=False)
+        # bf16 steps near ln 100 would change a head's temperature by more than 1 %
+        kept = torch.float32 if leaf == "log_scale" else dtype
+        values = nn.Parameter(source.read(name).to(device, kept), requires_grad=False)
         setattr(model.get_submodule(owner_name), leaf, values)
     model.register_buffer("level_ids", model.schedule.level_ids(device), persistent=False)  # type: ignore[operator, union-attr]

@@ -74,26 +74,37 @@ def generate_tokens(
 def sample_truncated(logits: Tensor, numbers: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     """Draw from softmax(logits) truncated to top-k, then top-p, by inverting its distribution function.
 
+    The function runs over the codebook in its own order, not in that of probability: a rounding error then moves its
+    steps a little, instead of swapping tokens of almost equal probability.
+
     Args:
         logits: (B, n, V) float32.
         numbers: (B, n) uniform in [0, 1).
+        top_k: 0 keeps all; tokens as likely as the k-th are all kept.
+        top_p: the most likely tokens up to this probability are kept, with all that are as likely as the last of them.
 
     Returns:
         tokens (B, n) int64 and their probability after truncation (B, n) float32.
     """
-    ordered, index = logits.sort(dim=-1, descending=True)
     if 0 < top_k < logits.shape[-1]:
-        ordered = ordered.masked_fill(ordered < ordered[..., top_k - 1 : top_k], float("-inf"))
-    probability = ordered.softmax(-1)
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
     if top_p < 1:
-        before = probability.cumsum(-1) - probability
-        probability = probability * (before < top_p)
+        ordered = logits.sort(dim=-1, descending=True).values
+        mass = ordered.softmax(-1)
+        count = (mass.cumsum(-1) - mass < top_p).sum(-1, keepdim=True)
+        logits = logits.masked_fill(logits < ordered.gather(-1, count - 1), float("-inf"))
+    probability = logits.softmax(-1)
     total = probability.cumsum(-1)
-    # the last entry that can be drawn is the last with any probability, whatever the rounding of the sum
-    last = (probability > 0).sum(-1, keepdim=True) - 1
-    rank = (total <= numbers[..., None] * total[..., -1:]).sum(-1, keepdim=True).minimum(last)
-    drawn = probability.gather(-1, rank) / total[..., -1:]
-    return index.gather(-1, rank)[..., 0], drawn[..., 0]
+    possible = probability > 0
+    # a number of exactly 0 would draw the first possible token however unlikely it is
+    least_number = 2.0**-25
+    hit = possible & (total > numbers[..., None].clamp_min(least_number) * total[..., -1:])
+    # rounding of the sum may leave the very end of [0, 1) to nobody: it belongs to the last possible token
+    last = possible.shape[-1] - 1 - possible.flip(-1).int().argmax(-1, keepdim=True)
+    token = torch.where(hit.any(-1, keepdim=True), hit.int().argmax(-1, keepdim=True), last)
+    drawn = probability.gather(-1, token) / total[..., -1:]
+    return token[..., 0], drawn[..., 0]
 
 
 class _State:

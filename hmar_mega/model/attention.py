@@ -46,16 +46,18 @@ def scale_block_attention(
 
 
 def split_normalised(qkv_NB3HD: Tensor, q_scale_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q (unit length × scale), k (unit length) and v, each (B, H, N, D); norms in float32."""
+    """q (unit length × scale), k (unit length) and v, each (B, H, N, D); norms in float32, or float64 when given."""
     q, k, v = qkv_NB3HD.permute(2, 1, 3, 0, 4)
-    q = F.normalize(q.float(), dim=-1) * q_scale_H.float()[:, None, None]
-    k = F.normalize(k.float(), dim=-1)
+    precise = torch.promote_types(qkv_NB3HD.dtype, torch.float32)
+    q = F.normalize(q.to(precise), dim=-1) * q_scale_H.to(precise)[:, None, None]
+    k = F.normalize(k.to(precise), dim=-1)
     return q.to(v.dtype), k.to(v.dtype), v
 
 
 def _reference(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
     q, k, v = split_normalised(qkv, q_scale)
-    logits = q.float() @ k.float().transpose(-1, -2) if qkv.dtype != torch.float64 else q @ k.transpose(-1, -2)
+    precise = torch.promote_types(qkv.dtype, torch.float32)
+    logits = q.to(precise) @ k.to(precise).transpose(-1, -2)
     mask = schedule.attention_mask(pattern, qkv.device)
     weights = logits.masked_fill(~mask, float("-inf")).softmax(-1)
     return _merge_heads((weights @ v.to(weights.dtype)).to(v.dtype))

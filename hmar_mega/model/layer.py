@@ -43,8 +43,8 @@ class Attention(nn.Module):
         return self.proj(attend(self.name, qkv, self.q_scale()))
 
     def q_scale(self) -> Tensor:
-        """Linear scale of the normalised queries, (H/tp,) = exp(min(a, ln 100))."""
-        return self.log_scale.clamp(max=MAX_LOG_SCALE).exp()
+        """Linear scale of the normalised queries, (H/tp,) float32 = exp(min(a, ln 100))."""
+        return self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp()
 
 
 class FeedForward(nn.Module):

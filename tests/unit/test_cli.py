@@ -268,7 +268,7 @@ BAD_COMMANDS = {
     ),
     "sample: a device that does not exist": (
         (*SAMPLE, "--classes", "0", "--device", "abacus", "--out", "grid.png"),
-        ("--device abacus", "cpu"),
+        ("device 'abacus'", "cpu"),
     ),
     "sample: an output below a file": (
         (*SAMPLE, "--classes", "0", "--out", "in/a_file/grid.png"),
@@ -328,7 +328,7 @@ BAD_COMMANDS = {
     ),
     "data encode: a device that does not exist": (
         ("data", "encode", "in/shards", "in/tokenizer", "tokens", "--device", "abacus"),
-        ("--device abacus", "use cpu, cuda or cuda:N"),
+        ("device 'abacus'", "use cpu, cuda or cuda:0"),
     ),
     "data info: no shards": (("data", "info", "in/empty_run"), ("in/empty_run is not a folder of shards",)),
     "tokenizer train: no images": (
@@ -370,7 +370,7 @@ def test_refused(workplace, argv, parts):
     ids=["sample", "data encode"],
 )
 def test_a_gpu_that_is_not_there_is_refused(workplace, argv):
-    assert_says(workplace.refusal(*argv, "--device", "cuda"), "--device cuda", "cpu")
+    assert_says(workplace.refusal(*argv, "--device", "cuda"), "device cuda", "no GPU", "cpu")
 
 
 # What argparse refuses

@@ -301,7 +301,7 @@ def test_encode_command_loads_the_tokenizer_and_passes_the_options(monkeypatch, 
 
 
 def test_encode_command_with_a_device_that_is_none(tmp_path):
-    with pytest.raises(UserError, match="--device tpu9"):
+    with pytest.raises(UserError, match="device 'tpu9'"):
         run("encode", "images", "tok", tmp_path / "out", "--device", "tpu9")
 
 

@@ -144,7 +144,7 @@ def test_positions_and_seeds_beyond_32_bits_are_told_apart() -> None:
 
 
 def test_purposes_do_not_collide_with_sampling_streams() -> None:
-    """Sampling draws from SAMPLE·(scale + 1) + pass: distinct for up to 4096 passes a scale, and unlike other purposes."""
+    """Sampling draws from SAMPLE·(scale + 1) + pass: distinct up to 4096 passes a scale, unlike other purposes."""
     sampling = [Purpose.SAMPLE * (scale + 1) + step for scale in range(20) for step in range(4096)]
     assert len(set(sampling)) == len(sampling)
     assert not set(sampling) & {int(p) for p in Purpose if p != Purpose.SAMPLE}

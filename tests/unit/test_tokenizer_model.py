@@ -13,8 +13,7 @@ from torch import nn
 from hmar_mega.config import TokenizerConfig, TokenizerTrainConfig
 from hmar_mega.errors import UserError
 from hmar_mega.scales import PATCH_NUMS, ScaleSchedule
-from hmar_mega.tokenizer import MultiScaleVQVAE
-from hmar_mega.tokenizer.model import AttnBlock, Downsample
+from hmar_mega.tokenizer.model import AttnBlock, Downsample, MultiScaleVQVAE
 
 SCHEDULE = ScaleSchedule((1, 2, 4))
 SMALL = {
