@@ -51,9 +51,9 @@ def train_from_config(config: Config) -> Path:
     """
     folder = _check_paths(config)
     tokenizer = MultiScaleVQVAE.load(Path(str(config.tokenizer.path)))
+    _check_resolution(config, tokenizer)
     data = _open_shards(config.data.train, "data.train", config, tokenizer)
     validation = _open_shards(config.data.val, "data.val", config, tokenizer) if config.data.val else None
-    _check_tokenizer_config(config, tokenizer)
     config = _with_resolved(config, tokenizer)
     with parallel_world(config) as dims:
         schedule = Schedule.of(config, len(data))
@@ -187,17 +187,15 @@ def _open_shards(path: str | None, key: str, config: Config, tokenizer: MultiSca
     return reader
 
 
-def _check_tokenizer_config(config: Config, tokenizer: MultiScaleVQVAE) -> None:
-    ours, theirs = config.schedule.scales.patch_nums, tokenizer.schedule.patch_nums
-    if ours != theirs:
-        raise UserError(
-            f"schedule.patch_nums={ours}, but the tokenizer was made for {theirs}; set schedule.patch_nums to that"
-        )
+def _check_resolution(config: Config, tokenizer: MultiScaleVQVAE) -> None:
+    try:
+        config.schedule.scales.check_fits(config.schedule.resolution, tokenizer.config.downsample)
+    except ValueError as err:
+        raise UserError(str(err)) from None
 
 
 def _with_resolved(config: Config, tokenizer: MultiScaleVQVAE) -> Config:
     """The tokenizer section as the trained tokenizer has it, with an absolute path."""
-    config.schedule.scales.check_fits(config.schedule.resolution, tokenizer.config.downsample)
     section = tokenizer.config.model_copy(
         update={"path": str(Path(str(config.tokenizer.path)).resolve()), "train": config.tokenizer.train}
     )
