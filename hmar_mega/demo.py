@@ -163,8 +163,12 @@ class _Steps:
         """Run one command; UserError when it fails."""
         shown = shlex.join(["python" if part == sys.executable else part for part in command])
         self.console.print(f"[dim]$ {shown.replace('python -m hmar_mega', 'hmar-mega')}[/dim]", soft_wrap=True)
-        # spinning threads are ruinous where other work shares the cores: 81 s instead of 18 s, measured on two
-        status = subprocess.run(command, check=False, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ}).returncode
+        # two threads or processes fill two cores; spinning ones are ruinous where other work shares them: 81 s instead
+        # of 18 s, measured
+        env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        if "torch.distributed.run" in command:
+            env.setdefault("OMP_NUM_THREADS", "1")
+        status = subprocess.run(command, check=False, env=env).returncode
         if status:
             raise UserError(f"the demo stopped: `{shown}` ended with status {status}; its message stands above")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +55,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, config: Config, dims: ParallelDims, schedule: Schedule) -> None:
-        _quiet_cpu()
+        _quiet_deepspeed()
         import deepspeed
 
         from hmar_mega.parallel.mpu import MpuAdapter
@@ -61,10 +64,16 @@ class Engine:
         micro = micro_batch_size(config, dims.data_parallel)
         self.accumulation = config.data.global_batch_size // (micro * dims.data_parallel)
         optimizer = _adamw(model, config, dims)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=_deepspeed_config(config, micro, self.accumulation),
-            mpu=MpuAdapter(), dist_init_required=False,
-        )  # fmt: skip
+        chatter = io.StringIO()  # its bf16 optimizer prints memory figures whatever its log level
+        with contextlib.redirect_stdout(chatter):
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=_deepspeed_config(config, micro, self.accumulation),
+                mpu=MpuAdapter(),
+                dist_init_required=False,
+            )
+        log.debug("DeepSpeed said:\n%s", chatter.getvalue())
         self.zero = self.deepspeed.optimizer
         self.step = 0
 
@@ -194,10 +203,11 @@ def _deepspeed_config(config: Config, micro: int, accumulation: int) -> dict[str
     return settings
 
 
-def _quiet_cpu() -> None:
+def _quiet_deepspeed() -> None:
     """Keep DeepSpeed's log to warnings; on CPUs, its shared-memory op (compiled, 66 MB of /dev/shm a process) off."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     if not torch.cuda.is_available():
         import deepspeed.ops
 

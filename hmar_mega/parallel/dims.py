@@ -82,7 +82,8 @@ def parallel_world(config: Config) -> Iterator[ParallelDims]:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     if world > 1:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        device_id = dims.device if backend == "nccl" else None
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even when alone
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
