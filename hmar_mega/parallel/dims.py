@@ -81,12 +81,13 @@ def parallel_world(config: Config) -> Iterator[ParallelDims]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+    device_id = dims.device if backend == "nccl" else None
     if world > 1:
-        device_id = dims.device if backend == "nccl" else None
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even when alone
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT, device_id=device_id)
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)

@@ -155,3 +155,16 @@ def test_constraints_pin_every_dependency_but_torch() -> None:
     assert all(pinned.values())
     assert needed - set(pinned) == {"torch"}
     assert "torch" not in pinned
+
+
+def test_no_folder_of_tests_is_left_out(request: pytest.FixtureRequest) -> None:
+    """By its own list pytest walks into no folder named dist or build, and says nothing."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    left_out = [
+        folder.name
+        for folder in folders
+        for pattern in request.config.getini("norecursedirs")
+        if fnmatch.fnmatch(folder.name, pattern)
+    ]
+    assert len(folders) >= 3
+    assert not left_out
