@@ -116,7 +116,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[ty
 
 
 def _run_train(args: argparse.Namespace) -> int:
-    from hmar_mega.config import config_to_yaml, load_config
+    from hmar_mega.config_io import config_to_yaml, load_config
 
     config = load_config(args.config, args.overrides)
     if args.print_config:

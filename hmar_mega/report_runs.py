@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint
-from hmar_mega.config import Config, load_config
+from hmar_mega.config import Config
+from hmar_mega.config_io import load_config
 from hmar_mega.errors import UserError
 from hmar_mega.metrics import read_metrics
 

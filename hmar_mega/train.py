@@ -19,7 +19,8 @@ import torch.distributed as dist
 from hmar_mega import loop
 from hmar_mega.checkpoint.canonical import load_optimizer, load_weights
 from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint, open_weights
-from hmar_mega.config import Config, config_to_yaml
+from hmar_mega.config import Config
+from hmar_mega.config_io import config_to_yaml
 from hmar_mega.data.reader import SampleOrder, ShardReader, StreamLoader, check_fingerprint, eval_batches
 from hmar_mega.engine import Engine, micro_batch_size
 from hmar_mega.errors import UserError

@@ -40,7 +40,7 @@ def add_tokenizer_parser(subparsers: Any) -> None:
 
 
 def _run_train(args: argparse.Namespace) -> int:
-    from hmar_mega.config import config_to_yaml, load_config
+    from hmar_mega.config_io import config_to_yaml, load_config
 
     config = load_config(args.config, args.overrides)
     if args.print_config:

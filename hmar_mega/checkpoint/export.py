@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hmar_mega.checkpoint.sources import LATEST, CheckpointReader, find_checkpoint
-from hmar_mega.config import Config, parse_config
+from hmar_mega.config import Config
+from hmar_mega.config_io import parse_config
 from hmar_mega.errors import UserError
 from hmar_mega.files import new_folder
 from hmar_mega.tokenizer.model import MultiScaleVQVAE

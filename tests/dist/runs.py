@@ -13,7 +13,8 @@ from harness import run_ranks, shared_memory_names
 from torch import Tensor
 
 from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint
-from hmar_mega.config import Config, TokenizerConfig, load_config
+from hmar_mega.config import Config, TokenizerConfig
+from hmar_mega.config_io import load_config
 from hmar_mega.data.index import TokenFormat
 from hmar_mega.data.reader import TOKEN_FIELD, npy_bytes
 from hmar_mega.data.writer import open_shards

@@ -29,7 +29,8 @@ from runs import (
 
 from hmar_mega.checkpoint import canonical
 from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint
-from hmar_mega.config import Config, load_config
+from hmar_mega.config import Config
+from hmar_mega.config_io import load_config
 from hmar_mega.metrics import read_metrics
 
 pytestmark = pytest.mark.dist

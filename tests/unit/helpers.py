@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hmar_mega.checkpoint.export import export_settings
-from hmar_mega.config import Config, parse_config
+from hmar_mega.config import Config
+from hmar_mega.config_io import parse_config
 from hmar_mega.files import write_atomic
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.scales import ScaleSchedule

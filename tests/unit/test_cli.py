@@ -23,7 +23,7 @@ from PIL import Image
 
 from hmar_mega import __version__
 from hmar_mega.cli import build_parser, main, parse
-from hmar_mega.config import config_to_yaml, load_config, packaged_configs, parse_config
+from hmar_mega.config_io import config_to_yaml, load_config, packaged_configs, parse_config
 from hmar_mega.data.index import TokenFormat
 from hmar_mega.data.reader import TOKEN_FIELD, npy_bytes
 from hmar_mega.data.writer import open_shards

@@ -9,15 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmar_mega.config import (
-    Config,
-    ConfigError,
-    config_to_yaml,
-    known_keys,
-    load_config,
-    packaged_configs,
-    parse_config,
-)
+from hmar_mega.config import Config
+from hmar_mega.config_io import ConfigError, config_to_yaml, known_keys, load_config, packaged_configs, parse_config
 from hmar_mega.errors import UserError
 from hmar_mega.scales import PATCH_NUMS
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hmar_mega.config import Config, load_config
+from hmar_mega.config import Config
+from hmar_mega.config_io import load_config
 from hmar_mega.engine import Engine, TrainingError, _adamw, _deepspeed_config, micro_batch_size
 from hmar_mega.errors import UserError
 from hmar_mega.parallel.dims import ParallelDims

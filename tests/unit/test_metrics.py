@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hmar_mega.config import Config, load_config
+from hmar_mega.config import Config
+from hmar_mega.config_io import load_config
 from hmar_mega.errors import UserError
 from hmar_mega.metrics import MetricsLog, read_metrics
 

@@ -22,7 +22,8 @@ from helpers import (
 from torch import Tensor
 
 from hmar_mega import flops, sequence
-from hmar_mega.config import ModelConfig, load_config
+from hmar_mega.config import ModelConfig
+from hmar_mega.config_io import load_config
 from hmar_mega.model.hmar import HMAR, decays, pad_to_multiple
 from hmar_mega.scales import PATCH_NUMS, ScaleSchedule
 

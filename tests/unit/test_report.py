@@ -19,7 +19,7 @@ from PIL import Image
 
 from hmar_mega import report_plots
 from hmar_mega.cli import parse
-from hmar_mega.config import config_to_yaml, load_config
+from hmar_mega.config_io import config_to_yaml, load_config
 from hmar_mega.errors import UserError
 from hmar_mega.report import DemoFigures, duration, memory, percent, write_report
 from hmar_mega.report_page import bars, comparison, element, facts, page, picture

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
 
-from hmar_mega.config import parse_config
+from hmar_mega.config_io import parse_config
 from hmar_mega.errors import UserError
 from hmar_mega.inference import sampler
 from hmar_mega.inference.sampler import SampleSettings, generate_tokens, sample_truncated

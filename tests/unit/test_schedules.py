@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmar_mega.config import load_config
+from hmar_mega.config_io import load_config
 from hmar_mega.schedules import Schedule
 
 IMAGES = 1_281_167  # ImageNet's training set

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hmar_mega.config import Config, TokenizerTrainConfig, parse_config
+from hmar_mega.config import Config, TokenizerTrainConfig
+from hmar_mega.config_io import parse_config
 from hmar_mega.errors import UserError
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 from hmar_mega.tokenizer.train import learning_rate, reconstruction_sheet, train_tokenizer
