@@ -221,14 +221,22 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.05, ge=0)
     weight_decay_end: float | None = Field(None, ge=0, description="reached along a half cosine over all steps")
     clip: float = Field(2.0, gt=0)
+    max_bad_steps: int = Field(
+        10, ge=1, description="stop after this many steps in a row whose gradients are not finite; each is skipped"
+    )
 
 
 class ParallelConfig(Section):
     """How the model is spread over processes. The data-parallel size is what remains of the world size."""
 
     tensor_parallel: int = Field(1, ge=1)
+    sequence_parallel: bool = Field(False, description="also split activations along the sequence over tensor ranks")
     pipeline_parallel: int = Field(1, ge=1)
-    zero_stage: int = Field(1, ge=0, le=3)
+    context_parallel: int = Field(1, ge=1)
+    zero_stage: int = Field(1, ge=0, le=3, description="1 shards optimizer states, 2 also gradients, 3 also weights")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations to recompute in the backward pass: selective: attention, full: whole blocks"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
@@ -237,15 +245,28 @@ class ParallelConfig(Section):
                 f"pipeline_parallel={self.pipeline_parallel} is not supported by this version; "
                 "use pipeline_parallel=1 and spread the model with tensor_parallel"
             )
-        if self.zero_stage != 1:
-            raise ValueError(f"zero_stage={self.zero_stage} is not supported by this version; use zero_stage=1")
+        if self.context_parallel != 1:
+            raise ValueError(
+                f"context_parallel={self.context_parallel} is not supported: every scale attends within itself, so "
+                "little is gained. For 1024 px use context_parallel=1 with tensor_parallel ≥ 2, sequence_parallel=true "
+                "and recompute=full"
+            )
+        if self.zero_stage == 0:
+            raise ValueError("zero_stage=0 keeps a full optimizer on every process; use zero_stage=1, 2 or 3")
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError(
+                "sequence_parallel=true splits the sequence over tensor-parallel ranks, of which there is one; "
+                "set tensor_parallel ≥ 2, or sequence_parallel=false"
+            )
         return self
 
 
 class PrecisionConfig(Section):
     """Number formats of training."""
 
-    compute: Literal["fp32", "bf16"] = "bf16"
+    compute: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="fp16, for GPUs without bf16, scales the loss dynamically"
+    )
 
 
 class CheckpointConfig(Section):

@@ -1,4 +1,4 @@
-"""One optimizer step over DeepSpeed ZeRO: accumulate micro-batches, clip over the whole model, guard against NaN."""
+"""One optimizer step over DeepSpeed ZeRO: accumulate micro-batches, clip over the whole model, skip the not finite."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from hmar_mega.config import Config
 from hmar_mega.errors import UserError
 from hmar_mega.model.hmar import decays
+from hmar_mega.parallel import zero
 from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.schedules import Schedule
 
@@ -26,22 +26,6 @@ log = logging.getLogger(__name__)
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint is good."""
-
-
-@dataclass(frozen=True)
-class Partition:
-    """The part of one parameter whose float32 master and Adam moments this process owns.
-
-    Attributes:
-        start, stop: range in the flattened local parameter.
-        weight: float32 master values of that range, a view.
-        moments: `exp_avg` and `exp_avg_sq` of that range, views; empty before the first step.
-    """
-
-    start: int
-    stop: int
-    weight: Tensor
-    moments: dict[str, Tensor]
 
 
 class Engine:
@@ -75,32 +59,32 @@ class Engine:
             )
         log.debug("DeepSpeed said:\n%s", chatter.getvalue())
         self.zero = self.deepspeed.optimizer
+        self.zero_stage = config.parallel.zero_stage
         self.step = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
 
     def train_step(self, micro_batches: Iterable[Any], loss_of: Callable[[Any], Tensor]) -> float:
-        """Forward, backward and one optimizer update.
+        """Forward, backward and one optimizer update, or none where the gradients are not finite.
 
         Args:
             micro_batches: `accumulation` equally large ones.
             loss_of: micro-batch → scalar mean loss.
 
         Returns:
-            Gradient norm over the whole model before clipping.
-
-        Raises:
-            TrainingError: when the norm is not finite.
+            Gradient norm over the whole model before clipping; infinite when the update was skipped.
         """
         self._apply_schedule()
         for batch in micro_batches:
             self.deepspeed.backward(loss_of(batch))
-            self.deepspeed.step()
+            self.deepspeed.step()  # updates at the last micro-batch; skips by itself what is not finite
         norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"gradient norm is {norm} at step {self.step}; training stops and the last checkpoint is kept. "
-                "Lower optim.base_lr, or restart from that checkpoint with another run.seed"
-            )
         self.step += 1
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
         return norm
 
     @property
@@ -108,38 +92,30 @@ class Engine:
         """Of the step that is next."""
         return self.schedule.lr(self.step)
 
-    def partitions(self) -> dict[str, Partition]:
+    def partitions(self) -> dict[str, zero.Partition]:
         """What this process owns of every trained parameter, by global name."""
-        flats = getattr(self.zero, "single_partition_of_fp32_groups", None)
-        if flats is None:
-            flats = self.zero.fp32_groups_flat_partition
-        owned = {}
-        for name, parameter in self.model.named_parameters():
-            mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is None:
-                continue
-            flat = flats[mapping.param_group_index]
-            high, low = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
-            state = self.zero.optimizer.state.get(flat, {})
-            moments = {
-                key: state[key].view(-1)[high.start : high.start + high.numel]
-                for key in ("exp_avg", "exp_avg_sq")
-                if key in state
-            }
-            weight = flat.data.view(-1)[high.start : high.start + high.numel]
-            owned[name] = Partition(low.start, low.start + low.numel, weight, moments)
-        return owned
+        return zero.partitions(self.zero, self.model)
 
-    def prepare_moments(self, step: int) -> None:
-        """Lay out Adam's state as after `step` steps, zeros, for a checkpoint to be read into."""
-        self.step = step
-        flats = getattr(self.zero, "single_partition_of_fp32_groups", None)
-        for flat in flats if flats is not None else self.zero.fp32_groups_flat_partition:
-            self.zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(step), device=flat.device if flat.is_cuda else None),
-                "exp_avg": torch.zeros_like(flat.data),
-                "exp_avg_sq": torch.zeros_like(flat.data),
-            }
+    def resume_at(self, step: int, skipped: int) -> None:
+        """Stand where `step` steps were made, `skipped` of them without an update; moments are zeros."""
+        self.step, self.skipped = step, skipped
+        zero.lay_moments(self.zero, step - skipped)
+
+    @property
+    def loss_scale(self) -> float:
+        """By which float16 training multiplies the loss; 1 in other formats."""
+        return float(getattr(self.zero, "loss_scale", 1.0))
+
+    @contextlib.contextmanager
+    def tables(self) -> Iterator[None]:
+        """Make parameters that the model reads outside its forward (positions, levels) whole; collective in ZeRO-3."""
+        if self.zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters(recurse=False))):
+            yield
 
     def _apply_schedule(self) -> None:
         lr, decay = self.schedule.lr(self.step), self.schedule.decay(self.step)
@@ -197,6 +173,8 @@ def _deepspeed_config(config: Config, micro: int, accumulation: int) -> dict[str
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if config.precision.compute == "fp16":
+        settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1}
     if config.precision.compute == "bf16":
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}

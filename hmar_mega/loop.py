@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from hmar_mega.checkpoint.canonical import point_to, save_checkpoint, step_name
 from hmar_mega.checkpoint.sources import BEST
 from hmar_mega.config import Config
 from hmar_mega.data.reader import StreamLoader
-from hmar_mega.engine import Engine
+from hmar_mega.engine import Engine, TrainingError
 from hmar_mega.flops import device_peak, train_flops_per_image
 from hmar_mega.metrics import MetricsLog
 from hmar_mega.objective import Objective, TokenBatch, per_scale_sums
@@ -25,6 +26,9 @@ from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.progress import track
 
 log = logging.getLogger(__name__)
+
+#: Of a run directory: the samples of every step that was skipped.
+SKIPPED_FILE = "skipped_steps.jsonl"
 
 
 class Sampler(Protocol):
@@ -53,6 +57,7 @@ class Run:
     objective: Objective
     loader: StreamLoader
     validation: Any  #: () → iterable of TokenBatch, or None
+    validation_rounds: int  #: forwards that every rank makes in a validation, see `validation_losses`
     sampler: Sampler | None
     last_step: int
     state: dict[str, Any]  #: what every checkpoint's state.json records
@@ -68,6 +73,7 @@ class Window:
     scales: Tensor
     started: float
     steps: int = 0
+    images: int = 0
     waited: float = 0.0
     grad_norm: float = 0.0
 
@@ -89,15 +95,25 @@ def _step(run: Run, window: Window) -> Window:
     batches = next(run.loader)
     window.waited += run.loader.wait_seconds
 
+    losses: list[Tensor] = []
+    scales: list[Tensor] = []
+
     def loss_of(batch: TokenBatch) -> Tensor:
         scores = run.objective.training(engine.deepspeed, batch)
         loss = scores.loss.mean()
-        window.loss += loss.detach().double()
-        window.scales += per_scale_sums(scores, run.objective)
-        return loss
+        losses.append(loss.detach().double())
+        scales.append(per_scale_sums(scores, run.objective))
+        # a loss that is not finite must not pass for finite gradients: the engine skips by the gradients' norm
+        return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
 
     window.grad_norm = engine.train_step(batches, loss_of)
-    window.steps += 1
+    if engine.skipped_in_a_row:
+        _record_skipped(run, batches, torch.stack(losses))
+    else:
+        window.loss += torch.stack(losses).sum()
+        window.scales += torch.stack(scales).sum(0)
+        window.steps += 1
+    window.images += config.data.global_batch_size
     step, done = engine.step, engine.step == run.last_step
     following = window
     if step % config.logging.interval == 0 or done:
@@ -110,6 +126,36 @@ def _step(run: Run, window: Window) -> Window:
         _save(run)
     following.started += time.perf_counter() - paused  # rates speak of training alone
     return following
+
+
+def _record_skipped(run: Run, batches: Sequence[TokenBatch], losses: Tensor) -> None:
+    """Note whose gradients were not finite; collective over data-parallel ranks.
+
+    Raises:
+        TrainingError: after `optim.max_bad_steps` such steps in a row.
+    """
+    engine, limit = run.engine, run.config.optim.max_bad_steps
+    own = [(int(p), key) for batch in batches for p, key in zip(batch.positions, batch.keys, strict=True)]
+    finite = bool(losses.isfinite().all())
+    parts: list[Any] = [None] * run.dims.world_size
+    dist.all_gather_object(parts, (run.dims.tp_rank, own, finite))
+    if run.dims.is_main:
+        samples = sorted(pair for tp_rank, part, _ in parts if tp_rank == 0 for pair in part)
+        cause = "gradient" if all(f for *_, f in parts) else "loss"
+        positions, keys = zip(*samples, strict=True)
+        row = {"step": engine.step, "cause": cause, "positions": positions, "keys": keys}
+        with (run.folder / SKIPPED_FILE).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        log.warning(
+            "step %d | %s not finite: step skipped (%d in all, %d in a row, at most %d), its samples are in %s",
+            engine.step, cause, engine.skipped, engine.skipped_in_a_row, limit, SKIPPED_FILE,
+        )  # fmt: skip
+    if engine.skipped_in_a_row >= limit:
+        raise TrainingError(
+            f"{limit} steps in a row up to step {engine.step} had a loss or gradient that is not finite; training "
+            f"stops and the last checkpoint is kept. The samples are in {run.folder / SKIPPED_FILE}. Lower "
+            "optim.base_lr, look at those samples, or raise optim.max_bad_steps"
+        )
 
 
 def _open_window(run: Run) -> Window:
@@ -127,7 +173,7 @@ def _log_line(run: Run, window: Window, lr: float) -> None:
     sums = torch.cat([window.loss.view(1), window.scales.flatten()])
     dist.all_reduce(sums)
     copies = run.dims.world_size * window.steps * engine.accumulation
-    loss = float(sums[0]) / copies
+    loss = float(sums[0]) / copies if copies else float("nan")
     totals, counts = sums[1:].view(2, -1).tolist()
     scales = [total / count if count else float("nan") for total, count in zip(totals, counts, strict=True)]
     seconds = time.perf_counter() - window.started
@@ -138,9 +184,12 @@ def _log_line(run: Run, window: Window, lr: float) -> None:
         "scale_loss": [s for s in scales if s == s],
         "grad_norm": window.grad_norm,
         "lr": lr,
-        "images_per_second": window.steps * batch / seconds,
+        "images_per_second": window.images / seconds,
         "data_wait": window.waited / seconds,
+        "skipped_steps": engine.skipped,
     }
+    if config.precision.compute == "fp16":
+        values["loss_scale"] = engine.loss_scale
     peak = device_peak(run.dims.device)
     if peak is not None:
         flops = train_flops_per_image(config) * values["images_per_second"]
@@ -162,7 +211,7 @@ def _evaluate(run: Run) -> None:
     model, step = run.engine.model, run.engine.step
     model.eval()
     if run.validation is not None:
-        losses = validation_losses(run.objective, model, run.validation(), run.dims)
+        losses = validation_losses(run.objective, model, run.validation(), run.dims, run.validation_rounds)
         if run.metrics is not None:
             run.metrics.write("val", step, losses)
             log.info(
@@ -176,21 +225,35 @@ def _evaluate(run: Run) -> None:
             checkpoint = _save(run)
             if run.dims.is_main:
                 point_to(run.folder, BEST, checkpoint)
-    if run.sampler is not None and run.dims.dp_rank == 0:
-        run.sampler(run.folder / "grids" / f"step-{step:08d}.png")
+    # under ZeRO-3 every rank holds a part of each weight, so all of them sample
+    if run.sampler is not None and (run.dims.dp_rank == 0 or run.engine.zero_stage == 3):
+        with run.engine.tables():
+            run.sampler(run.folder / "grids" / f"step-{step:08d}.png")
     model.train()
 
 
 def validation_losses(
-    objective: Objective, model: torch.nn.Module, batches: Iterable[TokenBatch], dims: ParallelDims
+    objective: Objective,
+    model: torch.nn.Module,
+    batches: Iterable[TokenBatch],
+    dims: ParallelDims,
+    rounds: int = 0,
 ) -> dict[str, Any]:
     """Mean cross-entropy in nats per token over all scales, at the last scale and at each; collective.
 
     In stage 2 the tokens are those that the mask leaves to predict; a scale without any counts nothing.
+
+    Args:
+        rounds: forwards to make at least. ZeRO-3 gathers weights in every forward, so all ranks must make equally
+            many: what is missing is made with the last batch and not counted.
     """
     sums = torch.zeros(2, objective.schedule.num_scales, dtype=torch.float64, device=dims.device)
+    done = 0
     for batch in batches:
         sums += per_scale_sums(objective.evaluation(model, batch), objective)
+        done += 1
+    for _ in range(done, rounds):
+        objective.evaluation(model, batch)
     dist.all_reduce(sums)
     totals, counts = sums.tolist()
     scales = [total / count if count else None for total, count in zip(totals, counts, strict=True)]

@@ -5,7 +5,7 @@ Axes: B batch, N sequence, K scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,7 @@ class TokenBatch(Protocol):
     tokens: Tensor  #: (B, N) int64
     labels: Tensor  #: (B,) int64
     positions: Tensor  #: (B,) int64 stream positions
+    keys: Sequence[str]  #: names of the samples
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def build_model(config: Config, layers: Any) -> HMAR:
         config.model, config.schedule.scales, config.tokenizer.codebook_size, config.tokenizer.latent_channels,
         mask_branch=config.stage.name == "masked", layers=layers, seed=config.run.seed,
     )  # fmt: skip
+    model.set_recompute(config.parallel.recompute)
     if config.stage.name == "masked":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("mask_"))
@@ -89,7 +91,7 @@ def build_model(config: Config, layers: Any) -> HMAR:
 
 def _build_engine(config: Config, folder: Path, dims: ParallelDims, schedule: Schedule) -> tuple[Engine, int, float]:
     """Model with its starting weights, the engine around it, the step it stands at and the best loss so far."""
-    model = build_model(config, McoreLayers())
+    model = build_model(config, McoreLayers(config.parallel.sequence_parallel))
     checkpoint = find_checkpoint(folder)
     reader = CheckpointReader(checkpoint) if checkpoint is not None else None
     if reader is not None:
@@ -132,17 +134,24 @@ def _assemble(
         micro_batch_size(config, dims.data_parallel), dims.dp_rank, dims.data_parallel,
         start_position=engine.step * config.data.global_batch_size, workers=config.data.workers,
     )  # fmt: skip
-    batches = None
+    batches, rounds = None, 0
     if validation is not None:
         limit = min(config.eval.num_samples or MAX_EVAL_SAMPLES, len(validation))
         batches = functools.partial(
             eval_batches, validation, config.eval.batch_size, dims.dp_rank, dims.data_parallel, limit
         )
+        if config.parallel.zero_stage == 3:
+            if limit < dims.data_parallel:
+                raise UserError(
+                    f"{limit} validation samples are fewer than the {dims.data_parallel} data-parallel processes, each "
+                    "of which needs one under zero_stage=3; raise eval.num_samples or use zero_stage=2"
+                )
+            rounds = math.ceil(math.ceil(limit / dims.data_parallel) / config.eval.batch_size)
     model: Any = engine.model
     return loop.Run(
         config=config, folder=folder, dims=dims, engine=engine,
         objective=Objective(config, tokenizer.quantizer, model.layers, dims.device),
-        loader=loader, validation=batches,
+        loader=loader, validation=batches, validation_rounds=rounds,
         sampler=GridSampler(model, tokenizer, config, dims.is_main) if config.eval.grid_count else None,
         last_step=last_step,
         state={

@@ -23,6 +23,7 @@ from hmar_mega.checkpoint.sources import BEST, LATEST, CheckpointReader, WeightS
 from hmar_mega.engine import Engine
 from hmar_mega.files import sync_folder, sync_path, write_atomic
 from hmar_mega.parallel.dims import ParallelDims
+from hmar_mega.parallel.zero import frozen_part
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,9 @@ def save_checkpoint(run: Path, engine: Engine, state: dict[str, Any], keep_last:
     if gathered is not None:
         index = {"format": 1, "entries": [entry for part in gathered for entry in part]}
         (temporary / "index.json").write_text(json.dumps(index))
-        (temporary / "state.json").write_text(json.dumps({"step": engine.step, **state}, indent=1))
+        (temporary / "state.json").write_text(
+            json.dumps({"step": engine.step, "skipped_steps": engine.skipped, **state}, indent=1)
+        )
         sync_folder(temporary)
         if final.exists():
             shutil.rmtree(final)
@@ -89,7 +92,7 @@ def load_weights(
 
 def load_optimizer(engine: Engine, reader: CheckpointReader) -> None:
     """Fill float32 masters and Adam moments from a checkpoint, and continue at its step."""
-    engine.prepare_moments(int(reader.state["step"]))
+    engine.resume_at(int(reader.state["step"]), int(reader.state.get("skipped_steps", 0)))
     parameters = dict(engine.model.named_parameters())
     for name, owned in engine.partitions().items():
         place = placement(parameters[name], engine.dims.tp_rank, engine.dims.tensor_parallel)
@@ -122,8 +125,9 @@ def _own_tensors(engine: Engine, file: str) -> tuple[dict[str, Tensor], list[dic
             part = owned[name]
             kinds = {"weight": part.weight, **part.moments}
             start, stop = part.start, part.stop
-        elif not parameter.requires_grad and dims.dp_rank == 0:
-            kinds, start, stop = {"weight": parameter.detach().flatten()}, 0, parameter.numel()
+        elif not parameter.requires_grad and (frozen := frozen_part(parameter)) is not None:
+            kinds, start = {"weight": frozen[0]}, frozen[1]
+            stop = start + frozen[0].numel()
         else:
             continue
         for box, first, last, at in fragments(place, start, stop):

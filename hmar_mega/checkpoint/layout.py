@@ -62,7 +62,7 @@ class Placement:
 
 def placement(parameter: Tensor, tp_rank: int, tp_size: int) -> Placement:
     """Read a parameter's place off mcore's attributes and our `unpadded_rows`."""
-    shape = tuple(parameter.shape)
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # what ZeRO-3 has cut looks empty
     if not getattr(parameter, "tensor_model_parallel", False):
         rows = getattr(parameter, "unpadded_rows", shape[0] if shape else 0)
         real = (rows, *shape[1:]) if shape else shape

@@ -13,15 +13,17 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.config import ModelConfig
 from hmar_mega.model.attention import Attend, SequenceAttention
 from hmar_mega.model.initialize import Initializer
-from hmar_mega.model.layer import Block, modulated_norm
+from hmar_mega.model.layer import Attention, Block, modulated_norm
 from hmar_mega.model.layers_torch import Layers, TorchLayers
 from hmar_mega.scales import ScaleSchedule
 
 Branch = Literal["next_scale", "masked"]
+Recompute = Literal["none", "selective", "full"]
 
 #: Parameters without weight decay beside 1-d ones: position, level and shared-AdaLN tables.
 NO_DECAY = ("pos_start", "pos_embed", "level_embed", "ada_gss")
@@ -45,8 +47,11 @@ class Head(nn.Module):
         mark_padding(self.linear.bias, vocabulary)
 
     def forward(self, x_NBC: Tensor, cond_BC: Tensor) -> Tensor:
-        """(N, B, C), (B, C) → (N, B, V/tp) float32; columns beyond V, padding of the last ranks, are −inf."""
-        scale, shift = self.ada_lin(F.silu(cond_BC)).chunk(2, dim=-1)
+        """(N, B, C), (B, C) → (N, B, V/tp) float32; columns beyond V, padding of the last ranks, are −inf.
+
+        Under sequence parallelism x is this rank's part, and the logits are of the whole padded sequence.
+        """
+        scale, shift = self.layers.for_sequence_part(self.ada_lin(F.silu(cond_BC))).chunk(2, dim=-1)
         logits = self.linear(modulated_norm(x_NBC, scale, shift)).float()
         real = self.vocabulary - self.layers.vocabulary_start(logits.shape[-1])
         if real < logits.shape[-1]:
@@ -115,6 +120,14 @@ class HMAR(nn.Module):
             )
             self.mask_head = Head("mask_head", width, codebook_size, self.layers, init)
         self.register_buffer("level_ids", schedule.level_ids(), persistent=False)
+        self.set_recompute("none")
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Choose what the backward pass recomputes instead of keeping: nothing, attention, or whole blocks."""
+        self.recompute = recompute
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.recompute = recompute == "selective"
 
     @property
     def mask_layer_numbers(self) -> range:
@@ -189,12 +202,18 @@ class HMAR(nn.Module):
         shared = None
         if self.config.shared_aln:
             shared = self.shared_ada_lin(F.silu(cond_BC)).unflatten(-1, (6, -1))
+        length = x_NBC.shape[0]
+        x_NBC = self.layers.scatter_sequence(x_NBC)
         for number in range(self.config.depth):
             block = self.block(number, branch)
             factors = None if drop_path is None else drop_path[number]
-            x_NBC = block(x_NBC, block.modulation(cond_BC, shared), attend, factors)
+            given = (x_NBC, cond_BC, shared, attend, length, factors)
+            if self.recompute == "full" and torch.is_grad_enabled():
+                x_NBC = checkpoint(block, *given, use_reentrant=False)
+            else:
+                x_NBC = block(*given)
         head = self.mask_head if branch == "masked" else self.head
-        return head(x_NBC, cond_BC)
+        return head(x_NBC, cond_BC)[:length]
 
     def block(self, number: int, branch: Branch) -> Block:
         """Layer `number` as `branch` runs it."""

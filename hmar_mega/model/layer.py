@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.config import ModelConfig
 from hmar_mega.model.attention import Attend
@@ -27,7 +28,8 @@ class Attention(nn.Module):
     def __init__(self, name: str, config: ModelConfig, layers: Layers, init: Initializer) -> None:
         super().__init__()
         width, depth = config.resolved_width, config.depth
-        self.name = name
+        self.name, self.layers = name, layers
+        self.recompute = False  #: recompute the attention itself in the backward pass
         self.local_heads = config.resolved_heads // layers.tensor_parallel
         self.head_dim = config.head_dim
         self.log_scale = layers.vector(config.resolved_heads, math.log(4))
@@ -36,11 +38,19 @@ class Attention(nn.Module):
         self.qkv = layers.column(width, 3 * width, init.normal(f"{name}.qkv.weight"), bias=False, stride=3)
         self.proj = layers.row(width, width, init.normal(f"{name}.proj.weight", 1 / math.sqrt(2 * depth)))
 
-    def forward(self, x_NBC: Tensor, attend: Attend) -> Tensor:
-        """(N, B, C) → (N, B, C)."""
+    def forward(self, x_NBC: Tensor, attend: Attend, length: int) -> Tensor:
+        """(N, B, C) → (N, B, C); under sequence parallelism this rank's part of both.
+
+        Args:
+            length: real tokens of the whole sequence; padding behind them attends to nothing and is attended by none.
+        """
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = (self.qkv(x_NBC) + bias).unflatten(-1, (3, self.local_heads, self.head_dim))
-        return self.proj(attend(self.name, qkv, self.q_scale()))
+        qkv = (self.qkv(x_NBC)[:length] + bias).unflatten(-1, (3, self.local_heads, self.head_dim))
+        if self.recompute and torch.is_grad_enabled():
+            out = checkpoint(attend, self.name, qkv, self.q_scale(), use_reentrant=False)
+        else:
+            out = attend(self.name, qkv, self.q_scale())
+        return self.proj(self.layers.pad_sequence(out))
 
     def q_scale(self) -> Tensor:
         """Linear scale of the normalised queries, (H/tp,) float32 = exp(min(a, ln 100))."""
@@ -69,6 +79,7 @@ class Block(nn.Module):
 
     def __init__(self, name: str, config: ModelConfig, layers: Layers, init: Initializer) -> None:
         super().__init__()
+        self.layers = layers
         self.attn = Attention(f"{name}.attn", config, layers, init)
         self.ffn = FeedForward(f"{name}.ffn", config, layers, init)
         width = config.resolved_width
@@ -85,22 +96,30 @@ class Block(nn.Module):
     def modulation(self, cond_BC: Tensor, shared_B6C: Tensor | None) -> tuple[Tensor, ...]:
         """γ1 γ2 s1 s2 b1 b2, each (B, C), from SiLU(cond) or from the model's shared linear."""
         if shared_B6C is not None:
-            return (shared_B6C + self.ada_gss[0]).unbind(1)
-        return self.ada_lin(F.silu(cond_BC)).chunk(6, dim=-1)
+            return self.layers.for_sequence_part(shared_B6C + self.ada_gss[0]).unbind(1)
+        return self.layers.for_sequence_part(self.ada_lin(F.silu(cond_BC))).chunk(6, dim=-1)
 
     def forward(
-        self, x_NBC: Tensor, modulation: tuple[Tensor, ...], attend: Attend, drop_path_2B: Tensor | None = None
+        self,
+        x_NBC: Tensor,
+        cond_BC: Tensor,
+        shared_B6C: Tensor | None,
+        attend: Attend,
+        length: int,
+        drop_path_2B: Tensor | None = None,
     ) -> Tensor:
-        """(N, B, C) → (N, B, C).
+        """(N, B, C) → (N, B, C); under sequence parallelism this rank's part of both.
 
         Args:
+            cond_BC, shared_B6C: see `modulation`.
+            length: real tokens of the whole sequence.
             drop_path_2B: factor of each sample's attention and feed-forward residual, 0 or 1/keep; None: 1.
         """
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(cond_BC, shared_B6C)
         if drop_path_2B is not None:
             gamma1 = gamma1 * drop_path_2B[0, :, None].to(gamma1.dtype)
             gamma2 = gamma2 * drop_path_2B[1, :, None].to(gamma2.dtype)
-        x_NBC = x_NBC + gamma1 * self.attn(modulated_norm(x_NBC, scale1, shift1), attend)
+        x_NBC = x_NBC + gamma1 * self.attn(modulated_norm(x_NBC, scale1, shift1), attend, length)
         return x_NBC + gamma2 * self.ffn(modulated_norm(x_NBC, scale2, shift2))
 
 

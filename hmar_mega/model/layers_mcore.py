@@ -7,7 +7,12 @@ which DeepSpeed counts gradient norms and checkpoints know which part of the glo
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
@@ -23,23 +28,52 @@ class _Column(tensor_parallel.ColumnParallelLinear):
 
 
 class _Row(tensor_parallel.RowParallelLinear):
-    """mcore's row-parallel linear, returning the output alone."""
+    """mcore's row-parallel linear, returning the output alone.
+
+    The bias is added here: under sequence parallelism each rank adds it to its part of the sequence, and its gradient
+    must be summed over the parts inside autograd, where DeepSpeed sees it complete.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+        output, bias = super().forward(x)
+        return output + (_SumGradients.apply(bias) if self.sequence_parallel else bias)
+
+
+class _SumGradients(torch.autograd.Function):
+    """Identity forward, all-reduce over tensor-parallel ranks backward.
+
+    mcore 0.16.1 has the same, but silently leaves the all-reduce out when the gradient is not contiguous.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        summed = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed, group=parallel_state.get_tensor_model_parallel_group())
+        return summed
 
 
 class McoreLayers:
-    """`Layers` over the current tensor-parallel group of mcore's `parallel_state`."""
+    """`Layers` over the current tensor-parallel group of mcore's `parallel_state`.
 
-    def __init__(self) -> None:
+    Args:
+        sequence_parallel: keep norms, residuals and dropped paths split along the sequence over the group. AdaLN
+            linears, which have no sequence, stay outside it.
+    """
+
+    def __init__(self, sequence_parallel: bool = False) -> None:
         self.tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
-        self.config = ModelParallelConfig(
+        self.sequence_parallel = sequence_parallel and self.tensor_parallel > 1
+        self._without_sequence = ModelParallelConfig(
             tensor_model_parallel_size=self.tensor_parallel,
             use_cpu_initialization=True,
             perform_initialization=True,  # also what marks parameters as tensor-parallel
             gradient_accumulation_fusion=False,
         )
+        self.config = dataclasses.replace(self._without_sequence, sequence_parallel=self.sequence_parallel)
 
     def column(
         self, in_features: int, out_features: int, fill: Fill, *, bias: bool, gather: bool = False, stride: int = 1
@@ -48,7 +82,7 @@ class McoreLayers:
         return _Column(
             in_features,
             out_features,
-            config=self.config,
+            config=self._without_sequence if gather else self.config,
             init_method=fill,
             bias=bias,
             gather_output=gather,
@@ -64,12 +98,14 @@ class McoreLayers:
             init_method=fill,
             bias=True,
             input_is_parallel=True,
-            skip_bias_add=False,
+            skip_bias_add=True,
         )
 
     def embedding(self, num_embeddings: int, width: int, fill: Fill) -> nn.Module:
         """`VocabParallelEmbedding`."""
-        return tensor_parallel.VocabParallelEmbedding(num_embeddings, width, init_method=fill, config=self.config)
+        return tensor_parallel.VocabParallelEmbedding(
+            num_embeddings, width, init_method=fill, config=self._without_sequence
+        )
 
     def vector(self, size: int, value: float) -> nn.Parameter:
         """A constant-filled vector split over ranks."""
@@ -89,3 +125,18 @@ class McoreLayers:
     def vocabulary_start(self, size: int) -> int:
         """First global column of this rank."""
         return parallel_state.get_tensor_model_parallel_rank() * size
+
+    def scatter_sequence(self, x: Tensor) -> Tensor:
+        """This rank's part of the padded sequence."""
+        if not self.sequence_parallel:
+            return x
+        return tensor_parallel.scatter_to_sequence_parallel_region(self.pad_sequence(x))
+
+    def pad_sequence(self, x: Tensor) -> Tensor:
+        """Zeros behind the sequence up to a multiple of the group's size."""
+        missing = -x.shape[0] % self.tensor_parallel if self.sequence_parallel else 0
+        return F.pad(x, [0, 0] * (x.ndim - 1) + [0, missing]) if missing else x
+
+    def for_sequence_part(self, x: Tensor) -> Tensor:
+        """x, with gradients summed over the ranks' parts of the sequence."""
+        return _SumGradients.apply(x) if self.sequence_parallel else x

@@ -42,6 +42,15 @@ class Layers(Protocol):
     def vocabulary_start(self, size: int) -> int:
         """First global column of this rank's `size` columns."""
 
+    def scatter_sequence(self, x: Tensor) -> Tensor:
+        """This rank's part of (N, …) along the sequence, padded so that it divides; x itself without SP."""
+
+    def pad_sequence(self, x: Tensor) -> Tensor:
+        """(N, …) padded with zeros as `scatter_sequence` pads; x itself without SP."""
+
+    def for_sequence_part(self, x: Tensor) -> Tensor:
+        """x, which every rank holds, for use on its own part of the sequence: gradients are summed over the parts."""
+
 
 class TorchLayers:
     """`Layers` in one process with torch alone."""
@@ -79,6 +88,18 @@ class TorchLayers:
     def vocabulary_start(self, size: int) -> int:
         """All columns are here."""
         return 0
+
+    def scatter_sequence(self, x: Tensor) -> Tensor:
+        """The whole sequence is here."""
+        return x
+
+    def pad_sequence(self, x: Tensor) -> Tensor:
+        """Nothing divides the sequence."""
+        return x
+
+    def for_sequence_part(self, x: Tensor) -> Tensor:
+        """Gradients are whole."""
+        return x
 
 
 def _linear(in_features: int, out_features: int, fill: Fill, bias: bool) -> nn.Linear:

@@ -39,6 +39,24 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "data2": (2, ()),
     "tensor2_data2": (4, ("parallel.tensor_parallel=2", "data.micro_batch_size=2")),
     "tensor4": (4, ("parallel.tensor_parallel=4",)),
+    "sequence2": (2, ("parallel.tensor_parallel=2", "parallel.sequence_parallel=true")),
+    "sequence4": (4, ("parallel.tensor_parallel=4", "parallel.sequence_parallel=true")),
+    "sequence2_data2_zero3": (
+        4,
+        ("parallel.tensor_parallel=2", "parallel.sequence_parallel=true", "parallel.zero_stage=3"),
+    ),
+    "data2_zero2": (2, ("parallel.zero_stage=2",)),
+    "data2_zero3": (2, ("parallel.zero_stage=3",)),
+    "data3_zero3": (3, ("parallel.zero_stage=3", "data.global_batch_size=6")),
+    "tensor2_data2_zero2": (
+        4,
+        ("parallel.tensor_parallel=2", "parallel.zero_stage=2", "data.micro_batch_size=2"),
+    ),
+    "recompute": (1, ("parallel.recompute=full", "data.micro_batch_size=4")),
+    "sequence2_selective": (
+        2,
+        ("parallel.tensor_parallel=2", "parallel.sequence_parallel=true", "parallel.recompute=selective"),
+    ),
 }
 
 

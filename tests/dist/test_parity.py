@@ -159,7 +159,13 @@ def test_one_process_is_plain_torch(runs, case):
     assert_same_run(runs.one_process(case), plain_torch(runs.config(case)))
 
 
-@pytest.mark.parametrize("layout", ["accumulated", "tensor2", "data2", "tensor2_data2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "accumulated", "tensor2", "data2", "tensor2_data2", "sequence2", "sequence2_data2_zero3", "data2_zero2",
+        "data2_zero3", "tensor2_data2_zero2", "recompute", "sequence2_selective",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("case", CASES)
 def test_layout_gives_the_run_of_one_process(runs, tmp_path, case, layout):
     outcome = train(runs.inputs(case), tmp_path / "run", layout, *runs.settings(case))

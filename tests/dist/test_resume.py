@@ -83,7 +83,10 @@ def assert_bitwise(ours: Outcome, theirs: Outcome) -> None:
     assert different == []
 
 
-@pytest.mark.parametrize("layout", ["single", "tensor2", "data2", "tensor2_data2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["single", "tensor2", "data2", "tensor2_data2", "sequence2_data2_zero3", "data2_zero2", "data2_zero3"],
+)
 def test_resumed_on_the_same_layout_a_run_ends_bit_for_bit_as_if_never_stopped(runs, tmp_path, layout):
     resumed, whole = runs.resumed(layout, layout, tmp_path / "run"), runs.whole(layout)
     assert {kind for _, kind in resumed.tensors} == {"weight", "exp_avg", "exp_avg_sq"}
@@ -93,8 +96,13 @@ def test_resumed_on_the_same_layout_a_run_ends_bit_for_bit_as_if_never_stopped(r
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("tensor2", "single"), ("single", "data2"), ("data2", "tensor2"), ("accumulated", "tensor2_data2")],
-)
+    [
+        ("tensor2", "single"), ("single", "data2"), ("data2", "tensor2"), ("accumulated", "tensor2_data2"),
+        ("data2_zero3", "single"), ("single", "sequence2_data2_zero3"), ("sequence2", "data2_zero3"),
+        ("data2_zero3", "tensor2"), ("tensor2_data2_zero2", "data2_zero2"), ("data2_zero2", "sequence4"),
+        ("sequence4", "data2"), ("sequence2_data2_zero3", "tensor2_data2_zero2"),
+    ],
+)  # fmt: skip
 def test_resumed_on_another_layout_a_run_ends_equal_up_to_rounding(runs, tmp_path, first, second):
     resumed, whole = runs.resumed(first, second, tmp_path / "run"), runs.whole("single")
     assert largest_difference(resumed.weights, whole.weights) <= TOLERANCE
@@ -238,7 +246,7 @@ def test_the_best_loss_survives_a_resume(tmp_path, inputs):
     assert (folder / "checkpoints" / "best").read_text() == best
 
 
-@pytest.mark.parametrize("layout", ["data2", "tensor2_data2"])
+@pytest.mark.parametrize("layout", ["data2", "tensor2_data2", "sequence2_data2_zero3", "data2_zero3"])
 def test_validation_counts_every_sample_once_on_any_layout_and_the_grid_is_drawn(tmp_path, inputs, layout):
     settings = (f"data.val={inputs.val}", "eval.grid_count=4", steps(1))
     rows = {}
@@ -320,7 +328,7 @@ def diverge_rank(config: Config) -> str:
 def test_a_run_that_diverges_stops_on_every_rank_and_keeps_its_last_good_checkpoint(tmp_path, inputs, layout):
     world, settings = LAYOUTS[layout]
     folder = tmp_path / "run"
-    config = tiny_config(inputs, folder, *settings, "optim.base_lr=1e30", "checkpoint.interval=1", steps(WHOLE))
+    config = tiny_config(inputs, folder, *settings, "optim.base_lr=1e30", "optim.max_bad_steps=1", "checkpoint.interval=1", steps(WHOLE))
     messages = run_ranks(world, diverge_rank, config)
     assert len(set(messages)) == 1
     assert "the last checkpoint is kept" in messages[0]
