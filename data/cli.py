@@ -92,8 +92,9 @@ def _add_encode(commands: Any) -> None:
     parser.add_argument(
         "--augment",
         choices=("none", "crop"),
-        default="none",
-        help="none: shorter side to the resolution; crop: to 1.125 times it, then the centre (default: %(default)s)",
+        default="crop",
+        help="crop: shorter side to 1.125 times the resolution, then the centre, as HMAR's validation images; none: "
+        "shorter side to the resolution, then the centre (default: %(default)s)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     parser.add_argument("--workers", type=int, default=2, help="threads that decode images (default: %(default)s)")

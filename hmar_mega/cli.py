@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
     except UserError as err:
-        if rank == 0:
-            print(f"hmar-mega: {err}", file=sys.stderr)
+        if rank == 0 or err.rank is not None:
+            print(f"hmar-mega: {f'[rank {rank}] ' if rank else ''}{err}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hmar-mega: interrupted", file=sys.stderr)
@@ -127,8 +127,9 @@ def _run_train(args: argparse.Namespace) -> int:
 
     try:
         train_from_config(config)
-    except TrainingError as err:
-        print(f"hmar-mega: {err}", file=sys.stderr)
+    except TrainingError as err:  # the same in every process
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"hmar-mega: {err}", file=sys.stderr)
         return 1
     return 0
 
@@ -146,6 +147,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="number format (default: fp32)"
     )
+    parser.add_argument("--tokenizer", type=Path, help="folder of the run's tokenizer, if it has moved")
     parser.add_argument("--allow-unfinished", action="store_true", help="export even if training has not ended")
     parser.set_defaults(run=_run_export)
 
@@ -153,7 +155,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
 def _run_export(args: argparse.Namespace) -> int:
     from hmar_mega.checkpoint.export import export_run
 
-    settings = export_run(args.run_dir, args.out, args.checkpoint, args.dtype, args.allow_unfinished)
+    settings = export_run(args.run_dir, args.out, args.checkpoint, args.dtype, args.allow_unfinished, args.tokenizer)
     branches = "next-scale and mask branches" if settings["mask_branch"] else "next-scale branch"
     print(f"exported step {settings['trained']['step']} of {args.run_dir} to {args.out}: {branches}, {args.dtype}")
     return 0

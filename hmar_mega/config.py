@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from hmar_mega.scales import MASK_SCHEDULES, PATCH_NUMS, Pattern, ScaleSchedule, mask_schedule_for
+from hmar_mega.scales import PATCH_NUMS, Pattern, ScaleSchedule, mask_schedule_for
 
 #: A decay rate of Adam's moving averages.
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -117,10 +117,7 @@ class ScheduleConfig(Section):
     @property
     def resolved_mask_schedule(self) -> tuple[tuple[int, ...], ...]:
         """The sampling passes of every scale."""
-        given = self.mask_schedule
-        if given is None and self.patch_nums is None:
-            given = MASK_SCHEDULES[self.resolution]
-        return mask_schedule_for(self.scales, given)
+        return mask_schedule_for(self.scales, self.mask_schedule)
 
 
 class TokenizerTrainConfig(Section):
@@ -264,9 +261,16 @@ class ParallelConfig(Section):
 class PrecisionConfig(Section):
     """Number formats of training."""
 
+    fp8: Literal["none", "linears", "linears_and_attention"] = "none"
     compute: Literal["fp32", "bf16", "fp16"] = Field(
         "bf16", description="fp16, for GPUs without bf16, scales the loss dynamically"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> PrecisionConfig:
+        if self.fp8 != "none":
+            raise ValueError(f"fp8={self.fp8} is not supported by this version; use fp8=none")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -308,6 +312,8 @@ class RunConfig(Section):
     dir: str | None = None
     seed: int = Field(0, ge=0, lt=2**31)
     init_from: str | None = Field(None, description="run, checkpoint or exported model whose weights to start from")
+    new_classes: bool = Field(False, description="start the class table afresh: fine-tuning on other classes")
+    resume_from: str | None = Field(None, description="a checkpoint's name, such as step-00001000; default the latest")
     resume: bool = Field(True, description="continue when the run directory already has a checkpoint")
 
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from sklearn.svm import SVC
 from torch import Tensor
 
+from hmar_mega.config_io import load_config
 from hmar_mega.data.images import ImageStream, image_grid
 from hmar_mega.data.reader import SampleOrder, ShardReader
 from hmar_mega.errors import UserError
@@ -47,6 +48,7 @@ def run_demo(out: Path, processes: int = 2, overwrite: bool = False) -> int:
         if not overwrite:
             raise UserError(f"{out} exists and is not empty; choose another --out, or give --overwrite to replace it")
         shutil.rmtree(out)
+    load_config("demo", [f"parallel.tensor_parallel={processes}"])  # a number that does not fit is refused here
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as err:
@@ -83,7 +85,8 @@ def _train_everything(out: Path, processes: int, steps: _Steps) -> None:
     )
     with steps.timed("token shards"):
         for part in ("train", "val"):
-            steps.call([*mega, "data", "encode", str(images / part), str(tokenizer), str(tokens / part)])
+            whole = ["--augment", "none"]
+            steps.call([*mega, "data", "encode", str(images / part), str(tokenizer), str(tokens / part), *whole])
     common = [f"data.train={tokens / 'train'}", f"data.val={tokens / 'val'}", f"tokenizer.path={tokenizer}"]
     common.append(f"parallel.tensor_parallel={processes}")
     train = [*torchrun, "-m", "hmar_mega", "train"]

@@ -48,6 +48,7 @@ class Engine:
         micro = micro_batch_size(config, dims.data_parallel)
         self.accumulation = config.data.global_batch_size // (micro * dims.data_parallel)
         optimizer = _adamw(model, config, dims)
+        exact = {n: p.detach().to("cpu", torch.float32, copy=True).flatten() for n, p in model.named_parameters()}
         chatter = io.StringIO()  # its bf16 optimizer prints memory figures whatever its log level
         with contextlib.redirect_stdout(chatter):
             self.deepspeed, *_ = deepspeed.initialize(
@@ -63,6 +64,8 @@ class Engine:
         self.step = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        #: This process's part of every parameter that is not trained, float32 on the CPU, and where it starts.
+        self.frozen = self._restore_exact(exact)
 
     def train_step(self, micro_batches: Iterable[Any], loss_of: Callable[[Any], Tensor]) -> float:
         """Forward, backward and one optimizer update, or none where the gradients are not finite.
@@ -116,6 +119,17 @@ class Engine:
 
         with deepspeed.zero.GatheredParameters(list(self.model.parameters(recurse=False))):
             yield
+
+    def _restore_exact(self, exact: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
+        """Undo DeepSpeed's rounding of the masters to the compute format, and keep frozen weights as they were."""
+        for name, owned in self.partitions().items():
+            owned.weight.copy_(exact[name][owned.start : owned.stop])
+        frozen = {}
+        for name, parameter in self.model.named_parameters():
+            span = None if parameter.requires_grad else zero.frozen_span(parameter)
+            if span is not None:
+                frozen[name] = (exact[name][span].clone(), span.start)
+        return frozen
 
     def _apply_schedule(self) -> None:
         lr, decay = self.schedule.lr(self.step), self.schedule.decay(self.step)

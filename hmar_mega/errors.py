@@ -4,4 +4,10 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Bad input: the message names what was given, what is allowed and what to do."""
+    """Bad input: the message names what was given, what is allowed and what to do.
+
+    Attributes:
+        rank: the process it happened in, once processes work together; None before, when it is the same in all.
+    """
+
+    rank: int | None = None

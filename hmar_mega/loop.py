@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class Run:
 
 @dataclass
 class Window:
-    """Sums since the last log line; device tensors, so that no step waits for the device."""
+    """Sums since the last log line, kept on the device."""
 
     loss: Tensor
     scales: Tensor
@@ -181,7 +182,7 @@ def _log_line(run: Run, window: Window, lr: float) -> None:
     values: dict[str, Any] = {
         "images": engine.step * batch,
         "loss": loss,
-        "scale_loss": [s for s in scales if s == s],
+        "scale_loss": [s if math.isfinite(s) else None for s in scales],
         "grad_norm": window.grad_norm,
         "lr": lr,
         "images_per_second": window.images / seconds,
@@ -260,7 +261,7 @@ def validation_losses(
     return {
         "all_scales": sum(totals) / sum(counts),
         "last_scale": scales[-1],
-        "scale_loss": [s for s in scales if s is not None],
+        "scale_loss": scales,
     }
 
 

@@ -77,7 +77,7 @@ def _flatten(kind: str, values: Mapping[str, Any]) -> list[tuple[str, float]]:
         if isinstance(value, int | float):
             flat.append((f"{kind}/{key}", float(value)))
         elif isinstance(value, list):
-            flat += [(f"{kind}/{key}/{i + 1}", float(v)) for i, v in enumerate(value)]
+            flat += [(f"{kind}/{key}/{i + 1}", float(v)) for i, v in enumerate(value) if v is not None]
     return flat
 
 

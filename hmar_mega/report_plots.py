@@ -105,7 +105,7 @@ def stage_curves(
 
     Args:
         rows: of a run's metrics.jsonl, `train` (loss, scale_loss) and `val` (all_scales, scale_loss), nats per token.
-            A `scale_loss` of fewer than K values is of the last scales: stage 2 predicts nothing at the first.
+            A scale that nothing is predicted at, the first in stage 2, is None.
         patch_nums: side of each scale's token map.
         name: of the stage, for those who hear the page.
         train_label: what the training loss is a mean of.
@@ -127,7 +127,7 @@ def stage_curves(
         _label(scales, "Each scale", "cross-entropy (nats per token)")
         handles = []
         for k, colour in enumerate(_colours(len(patch_nums))):
-            train_k, val_k = _of_scale(train, k, len(patch_nums)), _of_scale(val, k, len(patch_nums))
+            train_k, val_k = _of_scale(train, k), _of_scale(val, k)
             if train_k or val_k:
                 _curve(scales, *_columns(train_k), colour)
                 _curve(scales, *_columns(val_k), colour, validation=True)
@@ -144,14 +144,9 @@ def _figure() -> Figure:
     return Figure(figsize=FIGURE_SIZE, layout=ConstrainedLayoutEngine(wspace=0.04))
 
 
-def _of_scale(rows: Rows, scale: int, num_scales: int) -> list[tuple[int, float]]:
-    """(step, loss) of 0-based `scale` where a row has it; fewer than K values are those of the last scales."""
-    found = []
-    for row in rows:
-        at = scale - (num_scales - len(row["scale_loss"]))
-        if at >= 0:
-            found.append((row["step"], row["scale_loss"][at]))
-    return found
+def _of_scale(rows: Rows, scale: int) -> list[tuple[int, float]]:
+    """(step, loss) of 0-based `scale` where a row has one."""
+    return [(row["step"], row["scale_loss"][scale]) for row in rows if row["scale_loss"][scale] is not None]
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:

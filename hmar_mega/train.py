@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from hmar_mega import loop
 from hmar_mega.checkpoint.canonical import load_optimizer, load_weights
-from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint, open_weights
+from hmar_mega.checkpoint.resume import check_origin, resumable
+from hmar_mega.checkpoint.sources import CheckpointReader, open_weights
 from hmar_mega.config import Config
 from hmar_mega.config_io import config_to_yaml
 from hmar_mega.data.reader import SampleOrder, ShardReader, StreamLoader, check_fingerprint, eval_batches
@@ -57,12 +58,14 @@ def train_from_config(config: Config) -> Path:
     data = _open_shards(config.data.train, "data.train", config, tokenizer)
     validation = _open_shards(config.data.val, "data.val", config, tokenizer) if config.data.val else None
     config = _with_resolved(config, tokenizer)
+    reader = resumable(config, folder, tokenizer.fingerprint)
+    if reader is None:
+        check_origin(config, tokenizer.fingerprint)
     with parallel_world(config) as dims:
         schedule = Schedule.of(config, len(data))
         last_step = min(schedule.total_steps, config.optim.max_steps or schedule.total_steps)
-        _refuse_overwriting(config, folder)
         tokenizer = tokenizer.to(dims.device)
-        engine, start, best = _build_engine(config, folder, dims, schedule)
+        engine, start, best = _build_engine(config, folder, dims, schedule, reader)
         run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step)
         run.progress.best_loss = best
         if dims.is_main:
@@ -73,6 +76,7 @@ def train_from_config(config: Config) -> Path:
             if engine.step >= last_step and dims.is_main:
                 log.info("run %s is already finished at step %d", folder, engine.step)
             loop.train(run)
+        run.loader.close()
     return folder
 
 
@@ -89,15 +93,15 @@ def build_model(config: Config, layers: Any) -> HMAR:
     return model
 
 
-def _build_engine(config: Config, folder: Path, dims: ParallelDims, schedule: Schedule) -> tuple[Engine, int, float]:
+def _build_engine(
+    config: Config, folder: Path, dims: ParallelDims, schedule: Schedule, reader: CheckpointReader | None
+) -> tuple[Engine, int, float]:
     """Model with its starting weights, the engine around it, the step it stands at and the best loss so far."""
     model = build_model(config, McoreLayers(config.parallel.sequence_parallel))
-    checkpoint = find_checkpoint(folder)
-    reader = CheckpointReader(checkpoint) if checkpoint is not None else None
     if reader is not None:
         load_weights(model, reader, dims, folder)
     elif config.run.init_from is not None:
-        _initialise(model, config.run.init_from, dims)
+        _initialise(model, config, dims)
     if dims.is_main:
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -113,16 +117,20 @@ def _build_engine(config: Config, folder: Path, dims: ParallelDims, schedule: Sc
     return engine, engine.step, float("inf") if best is None else float(best)
 
 
-def _initialise(model: HMAR, path: str, dims: ParallelDims) -> None:
+def _initialise(model: HMAR, config: Config, dims: ParallelDims) -> None:
     """Weights from another run; the mask branch of a next-scale model starts from its last blocks and head."""
+    path = str(config.run.init_from)
     source = open_weights(path)
     renames: dict[str, str] = {}
     if model.has_mask_branch and "mask_embed" not in source.shapes:
         renames = {**model.mask_branch_names(), "mask_embed": ""}
+    if config.run.new_classes:
+        renames["class_embed.weight"] = ""
     load_weights(model, source, dims, path, renames)
     if dims.is_main:
-        branch = "; the mask branch starts from the next-scale branch" if renames else ""
-        log.info("weights from %s%s", path, branch)
+        branch = "; the mask branch starts from the next-scale branch" if model.mask_branch_names() and renames else ""
+        classes = "; the class table starts afresh" if config.run.new_classes else ""
+        log.info("weights from %s%s%s", path, branch, classes)
 
 
 def _assemble(
@@ -177,8 +185,6 @@ def _check_paths(config: Config) -> Path:
         raise UserError(
             "stage.name=masked starts from a trained next-scale model: set run.init_from to its run directory"
         )
-    if config.run.init_from is not None:
-        open_weights(config.run.init_from)
     if config.logging.wandb != "off":
         require_wandb(config.logging.wandb)
     folder = Path(config.run.dir)
@@ -210,20 +216,6 @@ def _with_resolved(config: Config, tokenizer: MultiScaleVQVAE) -> Config:
         update={"path": str(Path(str(config.tokenizer.path)).resolve()), "train": config.tokenizer.train}
     )
     return config.model_copy(update={"tokenizer": section})
-
-
-def _refuse_overwriting(config: Config, folder: Path) -> None:
-    checkpoint = find_checkpoint(folder)
-    if checkpoint is None:
-        return
-    if not config.run.resume:
-        raise UserError(f"run.dir={folder} already has checkpoints and run.resume=false; choose another run.dir")
-    stored = CheckpointReader(checkpoint).state["config"]["stage"]["name"]
-    if stored != config.stage.name:
-        raise UserError(
-            f"run.dir={folder} holds a run of stage {stored}, not {config.stage.name}; choose another run.dir and "
-            f"give this one as run.init_from={folder}"
-        )
 
 
 def _write_run_files(config: Config, folder: Path, state: dict[str, Any]) -> None:

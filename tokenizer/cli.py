@@ -35,6 +35,7 @@ def add_tokenizer_parser(subparsers: Any) -> None:
     train.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a packaged configuration")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     train.add_argument("--out", type=Path, required=True, help="folder of the trained tokenizer")
+    train.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     train.add_argument("--print-config", action="store_true", help="print the full configuration and stop")
     train.set_defaults(run=_run_train)
 
@@ -51,6 +52,11 @@ def _run_train(args: argparse.Namespace) -> int:
     from hmar_mega.data.reader import ShardReader
     from hmar_mega.tokenizer.train import train_tokenizer
 
+    if args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
+        raise UserError(
+            f"{args.out} exists and is not empty; choose another --out, or give --overwrite (token shards made with a "
+            "tokenizer that is replaced are of no more use)"
+        )
     if config.data.images is None:
         raise UserError("data.images is not set: give a folder of image shards (hmar-mega data shard)")
     data, seed = config.data, config.run.seed

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hmar_mega.config import TokenizerConfig
 from hmar_mega.errors import UserError
 from hmar_mega.files import new_folder, write_atomic
+from hmar_mega.precision import exact_float32
 from hmar_mega.scales import ScaleSchedule
 from hmar_mega.tokenizer.quantizer import MultiScaleQuantizer, QuantizerOutput
 
@@ -241,12 +242,13 @@ class MultiScaleVQVAE(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) in [−1, 1] to tokens (B, N) int64, outside autocast; raises as `latent`."""
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False), exact_float32():
             return self.quantizer.encode(self.latent(images))
 
     def decode(self, f_hat: Tensor) -> Tensor:
         """A quantized latent (B, Z, h, w) to images (B, 3, R, R), clamped to [−1, 1]."""
-        return self.decoder(self.post_quant_conv(f_hat)).clamp(-1, 1)
+        with exact_float32():
+            return self.decoder(self.post_quant_conv(f_hat)).clamp(-1, 1)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N) int64 to images (B, 3, R, R) in [−1, 1]; UserError when there are not N of them."""

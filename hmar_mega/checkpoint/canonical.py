@@ -23,7 +23,6 @@ from hmar_mega.checkpoint.sources import BEST, LATEST, CheckpointReader, WeightS
 from hmar_mega.engine import Engine
 from hmar_mega.files import sync_folder, sync_path, write_atomic
 from hmar_mega.parallel.dims import ParallelDims
-from hmar_mega.parallel.zero import frozen_part
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,8 @@ def save_checkpoint(run: Path, engine: Engine, state: dict[str, Any], keep_last:
     final, temporary = folder / step_name(engine.step), folder / f".saving-{step_name(engine.step)}"
     dims = engine.dims
     if dims.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for cut_short in folder.glob(".saving-*"):
+            shutil.rmtree(cut_short)
         temporary.mkdir(parents=True)
     dist.barrier()
     name = f"rank-{dims.rank:05d}.safetensors"
@@ -63,7 +63,7 @@ def save_checkpoint(run: Path, engine: Engine, state: dict[str, Any], keep_last:
         temporary.rename(final)
         sync_path(folder)
         point_to(run, LATEST, final)
-        _prune(run, keep_last)
+        _prune(run, keep_last, final)
     dist.barrier()
     return final
 
@@ -125,7 +125,7 @@ def _own_tensors(engine: Engine, file: str) -> tuple[dict[str, Tensor], list[dic
             part = owned[name]
             kinds = {"weight": part.weight, **part.moments}
             start, stop = part.start, part.stop
-        elif not parameter.requires_grad and (frozen := frozen_part(parameter)) is not None:
+        elif not parameter.requires_grad and (frozen := engine.frozen.get(name)) is not None:
             kinds, start = {"weight": frozen[0]}, frozen[1]
             stop = start + frozen[0].numel()
         else:
@@ -150,11 +150,17 @@ def _read_local(source: WeightSource, name: str, place: Placement, parameter: Te
     return local.view(parameter.shape)
 
 
-def _prune(run: Path, keep_last: int) -> None:
+def _prune(run: Path, keep_last: int, current: Path) -> None:
+    """Remove what is older than the last few, and what a continuation given up left beyond the present step."""
     folder = run / "checkpoints"
     best = folder / BEST
     kept = {best.read_text().strip()} if best.is_file() else set()
-    for old in sorted(folder.glob("step-*"))[:-keep_last]:
-        if old.name not in kept:
-            shutil.rmtree(old)
-            log.info("removed checkpoint %s (keep_last=%d)", old.name, keep_last)
+    steps = sorted(path for path in folder.glob("step-*") if path.name <= current.name)
+    for path in folder.glob("step-*"):
+        if path.name > current.name:
+            shutil.rmtree(path)
+            log.info("removed checkpoint %s: the run went back before it", path.name)
+    for path in steps[:-keep_last]:
+        if path.name not in kept:
+            shutil.rmtree(path)
+            log.info("removed checkpoint %s (keep_last=%d)", path.name, keep_last)

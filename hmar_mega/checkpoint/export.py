@@ -22,7 +22,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export_run(
-    run: Path, out: Path, which: str = LATEST, dtype: str = "fp32", allow_unfinished: bool = False
+    run: Path,
+    out: Path,
+    which: str = LATEST,
+    dtype: str = "fp32",
+    allow_unfinished: bool = False,
+    tokenizer_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Write the model of a run's checkpoint.
 
@@ -32,6 +37,7 @@ def export_run(
         which: `latest`, `best`, or a checkpoint's name.
         dtype: `fp32`, `bf16` or `fp16`.
         allow_unfinished: export even if training has not reached its last step.
+        tokenizer_folder: of the run's tokenizer; default where the run found it.
 
     Returns:
         The exported config.json.
@@ -48,18 +54,19 @@ def export_run(
         )
     reader = CheckpointReader(folder)
     state = reader.state
-    if which == LATEST and not state["finished"] and not allow_unfinished:
+    latest = reader if which == LATEST else CheckpointReader(find_checkpoint(run) or folder)
+    if not latest.state["finished"] and not allow_unfinished:
         raise UserError(
-            f"run {run} is unfinished: step {state['step']} of {state['last_step']}; continue it, or export what is "
-            "there with --allow-unfinished"
+            f"run {run} is unfinished: step {latest.state['step']} of {state['last_step']}; continue it, or export "
+            "what is there with --allow-unfinished"
         )
     config = parse_config(state["config"])
-    tokenizer_folder = Path(str(config.tokenizer.path))
+    tokenizer_folder = tokenizer_folder or Path(str(config.tokenizer.path))
     tokenizer = MultiScaleVQVAE.load(tokenizer_folder)
     if tokenizer.fingerprint != state["tokenizer_fingerprint"]:
         raise UserError(
             f"{tokenizer_folder} is not the tokenizer of run {run}: fingerprint {tokenizer.fingerprint}, expected "
-            f"{state['tokenizer_fingerprint']}; put the one it was trained with back"
+            f"{state['tokenizer_fingerprint']}; give the one it was trained with: --tokenizer FOLDER"
         )
     settings = export_settings(config, state)
     with new_folder(out) as temporary:

@@ -24,9 +24,15 @@ CHECKPOINT_FORMAT = 1
 
 
 class WeightSource(Protocol):
-    """Weights by global name."""
+    """Weights by global name.
+
+    Attributes:
+        shapes: global shape of each.
+        tokenizer_fingerprint: of the tokenizer whose tokens it was trained on.
+    """
 
     shapes: dict[str, tuple[int, ...]]
+    tokenizer_fingerprint: str
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """The values of `box` (default: all) of the tensor `name`, on the CPU."""
@@ -61,6 +67,7 @@ class CheckpointReader:
             self._entries[entry["name"], entry["kind"]][box].append(entry)
             self._global[entry["name"]] = tuple(entry["global_shape"])
         self.shapes = {name: self._global[name] for name, kind in self._entries if kind == "weight"}
+        self.tokenizer_fingerprint = str(self.state.get("tokenizer_fingerprint"))
 
     def kinds(self, name: str) -> set[str]:
         """What is stored of `name`: `weight`, and `exp_avg`, `exp_avg_sq` where it was trained."""
@@ -105,8 +112,10 @@ class ExportReader:
         try:
             with safe_open(self._path, "pt") as file:
                 self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as err:
+            settings = json.loads((folder / "config.json").read_text())
+        except (OSError, SafetensorError, json.JSONDecodeError) as err:
             raise UserError(f"{folder} is not an exported model ({err})") from None
+        self.tokenizer_fingerprint = str(settings.get("tokenizer_fingerprint"))
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """The values of `box` of one tensor."""
@@ -137,12 +146,30 @@ def open_weights(path: str | Path) -> WeightSource:
 
 
 def find_checkpoint(run: Path, which: str = LATEST) -> Path | None:
-    """The checkpoint `which` of a run: a pointer (`latest`, `best`) or a folder's name; None if there is none."""
+    """The checkpoint `which` of a run: a pointer (`latest`, `best`) or a folder's name; None if there is none.
+
+    Raises:
+        UserError: when the run has checkpoints, but `latest` names none of them: going on from nothing would throw
+            them away.
+    """
     folder = run / "checkpoints"
     pointer = folder / which
     if pointer.is_file():
         pointer = folder / pointer.read_text().strip()
-    return pointer if (pointer / "state.json").is_file() else None
+    if (pointer / "state.json").is_file():
+        return pointer
+    complete = complete_checkpoints(run)
+    if which == LATEST and complete:
+        raise UserError(
+            f"{folder / LATEST} names no complete checkpoint, but there are {', '.join(p.name for p in complete)}; "
+            f"choose one: run.resume_from={complete[-1].name} to train on, --checkpoint {complete[-1].name} to export"
+        )
+    return None
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, by step."""
+    return sorted(p.parent for p in (run / "checkpoints").glob("step-*/state.json"))
 
 
 def check_shapes(source: WeightSource, wanted: dict[str, tuple[int, ...]], where: str | Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from hmar_mega.checkpoint.export import DTYPES
-from hmar_mega.data.images import image_grid
+from hmar_mega.data.images import image_grid, to_rgb
 from hmar_mega.errors import UserError
 from hmar_mega.inference.editing import edit_images
 from hmar_mega.inference.pipeline import load_model
@@ -56,7 +56,8 @@ def _read(path: Path, mode: str) -> Tensor:
     """An image file as (channels, H, W) float32 in [0, 1]."""
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert(mode), dtype=np.float32) / 255
+            converted = to_rgb(image) if mode == "RGB" else image.convert(mode)
+            pixels = np.asarray(converted, dtype=np.float32) / 255
     except (OSError, UnidentifiedImageError) as err:
         raise UserError(f"cannot read {path} as an image: {err}") from None
     return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)

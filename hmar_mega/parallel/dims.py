@@ -96,6 +96,9 @@ def parallel_world(config: Config) -> Iterator[ParallelDims]:
     try:
         with cpu_for_cuda():
             yield dims
+    except UserError as err:
+        err.rank = rank  # perhaps this rank's alone: every rank must speak
+        raise
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -52,8 +52,8 @@ def partitions(zero: Any, model: nn.Module) -> dict[str, Partition]:
     return owned
 
 
-def frozen_part(parameter: Tensor) -> tuple[Tensor, int] | None:
-    """This process's part of a parameter that is not trained: flat values and where they start; None when it has none.
+def frozen_span(parameter: Tensor) -> slice | None:
+    """The range of a parameter that is not trained which this process saves; None when it saves nothing of it.
 
     ZeRO-3 cuts frozen weights too; elsewhere the first data-parallel rank speaks for all.
     """
@@ -62,10 +62,10 @@ def frozen_part(parameter: Tensor) -> tuple[Tensor, int] | None:
     rank = parallel_state.get_data_parallel_rank()
     pieces = getattr(parameter, "ds_tensor", None)
     if pieces is None:
-        return (parameter.detach().flatten(), 0) if rank == 0 else None
+        return slice(0, parameter.numel()) if rank == 0 else None
     start = rank * pieces.numel()
-    real = min(pieces.numel(), parameter.ds_numel - start)  # type: ignore[attr-defined]
-    return (pieces.detach().flatten()[:real], start) if real > 0 else None
+    stop = min(start + pieces.numel(), parameter.ds_numel)  # type: ignore[attr-defined]
+    return slice(start, stop) if start < stop else None
 
 
 def lay_moments(zero: Any, optimizer_steps: int) -> None:

@@ -345,3 +345,85 @@ def test_a_run_directory_that_cannot_be_written_is_refused_by_every_rank(tmp_pat
         assert f"cannot write {tmp_path / 'a_file' / 'run'}" in message
         assert "choose a folder you can write to" in message
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.global_batch_size=4", "set data.global_batch_size=8"),
+        ("run.seed=1", "set run.seed=0"),
+    ],
+)
+def test_what_the_order_of_the_data_depends_on_cannot_change(runs, tmp_path, inputs, override, words):
+    folder = shutil.copytree(runs.run_dir("single", HALF), tmp_path / "run")
+    (message,) = run_ranks(1, refusal_rank, tiny_config(inputs, folder, *DROPPING, steps(WHOLE), override))
+    assert words in message
+    assert f"run.init_from={folder}" in message
+
+
+def test_another_tokenizer_is_refused_to_go_on_with_and_to_start_from(runs, tmp_path, inputs, uneven_inputs):
+    folder = shutil.copytree(runs.run_dir("single", HALF), tmp_path / "run")
+    (message,) = run_ranks(1, refusal_rank, tiny_config(uneven_inputs, folder, *DROPPING, steps(WHOLE)))
+    assert "was trained on tokens of tokenizer" in message
+    other = tiny_config(uneven_inputs, tmp_path / "new", f"run.init_from={folder}")
+    (message,) = run_ranks(1, refusal_rank, other)
+    assert "was trained on tokens of tokenizer" in message
+    assert not (tmp_path / "new").exists()
+
+
+def damaged_run(runs, folder: Path) -> Path:
+    """A run with checkpoints of steps 1, 2 and 3, the last of which is gone while `latest` still names it."""
+    shutil.copytree(runs.run_dir("single", HALF, "checkpoint.interval=1", "checkpoint.keep_last=9"), folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000003")
+    return folder
+
+
+def test_a_run_whose_latest_checkpoint_is_gone_does_not_start_afresh(runs, tmp_path, inputs):
+    folder = damaged_run(runs, tmp_path / "run")
+    (message,) = run_ranks(1, refusal_rank, tiny_config(inputs, folder, *DROPPING, steps(WHOLE)))
+    assert "step-00000001, step-00000002" in message
+    assert "run.resume_from=step-00000002" in message
+    assert len(read_metrics(folder)) == HALF
+
+
+def test_a_run_goes_back_to_the_checkpoint_that_is_named(runs, tmp_path, inputs):
+    folder = damaged_run(runs, tmp_path / "run")
+    outcome = train(inputs, folder, "single", *DROPPING, steps(WHOLE), "run.resume_from=step-00000001")
+    assert_bitwise(outcome, runs.whole("single"))
+    assert [row["step"] for row in read_metrics(folder)] == list(range(1, WHOLE + 1))
+
+
+def test_what_lies_beyond_a_step_gone_back_to_is_removed_and_the_new_checkpoint_stays(runs, tmp_path, inputs):
+    folder = tmp_path / "run"
+    shutil.copytree(runs.run_dir("single", WHOLE, "checkpoint.interval=1", "checkpoint.keep_last=9"), folder)
+    going_back = ("run.resume_from=step-00000001", "checkpoint.keep_last=1", steps(2))
+    train(inputs, folder, "single", *DROPPING, *going_back)
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000002"]
+    assert find_checkpoint(folder) == folder / "checkpoints" / "step-00000002"
+
+
+STILL = ("optim.base_lr=1e-30", "optim.weight_decay=0", "optim.weight_decay_end=null", "precision.compute=bf16")
+
+
+@pytest.mark.parametrize("layout", ["single", "data2", "data2_zero3", "tensor2"])
+def test_bf16_rounds_neither_masters_nor_frozen_weights(runs, tmp_path, inputs, layout):
+    first = runs.run_dir("single", HALF)
+    exact = Outcome.of(first).weights
+    again = train(inputs, tmp_path / "again", layout, *STILL, f"run.init_from={first}", steps(1))
+    masked = train(inputs, tmp_path / "m", layout, *STILL, "stage.name=masked", f"run.init_from={first}", steps(1))
+    for name, values in exact.items():
+        assert torch.equal(again.weights[name], values), name
+        assert torch.equal(masked.weights[name], values), name
+
+
+def test_fine_tuning_on_other_classes_starts_only_their_table_afresh(runs, tmp_path, inputs):
+    first = runs.run_dir("single", HALF)
+    settings = ("optim.base_lr=1e-30", "model.num_classes=9", f"run.init_from={first}", steps(1))
+    (message,) = run_ranks(1, refusal_rank, tiny_config(inputs, tmp_path / "no", *settings))
+    assert "class_embed.weight" in message
+    tuned = train(inputs, tmp_path / "tuned", "tensor2", *settings, "run.new_classes=true").weights
+    before = Outcome.of(first).weights
+    assert tuned["class_embed.weight"].shape == (10, 32)
+    for name in before.keys() - {"class_embed.weight"}:
+        torch.testing.assert_close(tuned[name], before[name], atol=1e-6, rtol=0)

@@ -27,6 +27,7 @@ from hmar_mega.config_io import config_to_yaml, load_config, packaged_configs, p
 from hmar_mega.data.index import TokenFormat
 from hmar_mega.data.reader import TOKEN_FIELD, npy_bytes
 from hmar_mega.data.writer import open_shards
+from hmar_mega.errors import UserError
 
 # Where commands are run
 
@@ -142,7 +143,7 @@ BAD_SETTINGS = {
         ("tensor_parallel=3 does not divide the 4 heads", "use 1, 2 or 4"),
     ),
     "pipeline parallelism": (("parallel.pipeline_parallel=2",), ("pipeline_parallel=2 is not supported", "use")),
-    "ZeRO 3": (("parallel.zero_stage=3",), ("zero_stage=3 is not supported", "use zero_stage=1")),
+    "ZeRO 0": (("parallel.zero_stage=0",), ("zero_stage=0 keeps a full optimizer", "use zero_stage=1, 2 or 3")),
     "scales that do not end at the resolution": (
         ("schedule.patch_nums=[1, 2, 5]", "schedule.mask_schedule=null"),
         ("patch_nums=(1, 2, 5)", "20 px", "resolution=16", "end patch_nums at 4 or set resolution=20"),
@@ -532,3 +533,14 @@ def test_interrupted_training_is_status_130(workplace, monkeypatch):
 def test_under_torchrun_only_the_first_rank_speaks_but_all_fail(workplace, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert workplace.run("train", "demo", "optim.clip=0") == (2, "", "")
+
+
+def test_what_goes_wrong_in_one_rank_alone_is_said_by_that_rank(workplace, monkeypatch):
+    def fail(config: object) -> None:
+        error = UserError("shard x is damaged")
+        error.rank = 1
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("hmar_mega.train.train_from_config", fail)
+    assert workplace.run("train", "demo") == (2, "", "hmar-mega: [rank 1] shard x is damaged\n")

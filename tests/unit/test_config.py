@@ -209,7 +209,10 @@ def test_an_unpublished_resolution_asks_for_patch_nums() -> None:
         (["tokenizer.channel_mult=[1,2]"], "downsample 4, 8 or 16"),
         (["tokenizer.base_channels=48"], "which norm_groups=32 does not divide"),
         (["parallel.pipeline_parallel=2"], "use pipeline_parallel=1"),
-        (["parallel.zero_stage=3"], "use zero_stage=1"),
+        (["parallel.zero_stage=0"], "use zero_stage=1, 2 or 3"),
+        (["parallel.sequence_parallel=true"], "set tensor_parallel ≥ 2"),
+        (["parallel.context_parallel=2"], "For 1024 px use context_parallel=1 with tensor_parallel ≥ 2"),
+        (["precision.fp8=linears"], "fp8=linears is not supported by this version; use fp8=none"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(overrides: list[str], words: str) -> None:

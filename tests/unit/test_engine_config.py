@@ -14,7 +14,7 @@ from torch import nn
 
 from hmar_mega.config import Config
 from hmar_mega.config_io import load_config
-from hmar_mega.engine import Engine, TrainingError, _adamw, _deepspeed_config, micro_batch_size
+from hmar_mega.engine import Engine, _adamw, _deepspeed_config, micro_batch_size
 from hmar_mega.errors import UserError
 from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.schedules import Schedule
@@ -180,6 +180,7 @@ def engine_with(norm: float | None, schedule: Schedule) -> Engine:
     optimizer = torch.optim.AdamW([{"params": [p], "decays": p.ndim > 1} for p in parameters], lr=1.0)
     engine.zero = SimpleNamespace(optimizer=optimizer)
     engine.deepspeed, engine.schedule, engine.step = StandIn(norm), schedule, 0
+    engine.skipped = engine.skipped_in_a_row = 0
     return engine
 
 
@@ -209,9 +210,12 @@ def test_each_step_has_its_learning_rate_and_only_the_decaying_group_its_weight_
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_a_norm_that_is_not_finite_stops_training_without_counting_the_step(norm):
+def test_a_norm_that_is_not_finite_counts_as_a_skipped_step(norm):
     engine = engine_with(norm, SCHEDULE)
     engine.step = 7
-    with pytest.raises(TrainingError, match=f"gradient norm is {norm} at step 7.*the last checkpoint is kept.*Lower"):
+    for expected in (1, 2):
         engine.train_step([0], lambda _: torch.zeros(()))
-    assert engine.step == 7
+        assert (engine.step, engine.skipped, engine.skipped_in_a_row) == (7 + expected, expected, expected)
+    engine.deepspeed = StandIn(1.0)
+    engine.train_step([0], lambda _: torch.zeros(()))
+    assert (engine.step, engine.skipped, engine.skipped_in_a_row) == (10, 2, 0)

@@ -139,7 +139,7 @@ def test_missing_runs_and_checkpoints_are_named(trained: tuple[Path, HMAR], tmp_
 def test_another_tokenizer_in_the_old_place_is_refused(trained: tuple[Path, HMAR], tmp_path: Path):
     run, _ = trained
     tiny_tokenizer(tiny_config(), seed=8).save(tmp_path / "vae")
-    with pytest.raises(UserError, match=r"is not the tokenizer of run .* put the one it was trained with back"):
+    with pytest.raises(UserError, match=r"is not the tokenizer of run .* give the one it was trained with"):
         export_run(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -80,7 +80,7 @@ def make_run(folder: Path, stage: str, world_size: int, entries: list[dict]) -> 
     (folder / "config.yaml").write_text(config_to_yaml(load_config("demo", [f"stage.name={stage}"])))
     versions = {"world_size": world_size, "device": "cpu", "revision": "0123456789abcdef+changes"}
     (folder / "versions.json").write_text(json.dumps(versions))
-    scales = [4.0, 5.0, 6.0] if stage == "next_scale" else [5.0, 6.0]
+    scales = [4.0 if stage == "next_scale" else None, 5.0, 6.0]
     rows: list[dict] = []
     for step, loss in ((50, 5.5), (100, 4.5)):
         rows.append(
@@ -360,7 +360,7 @@ def test_shares_and_memory_are_written_for_people():
         ("stage1/config.yaml", "is not a run directory"),
         ("stage1/metrics.jsonl", "hmar-mega train"),
         ("stage2/versions.json", "hmar-mega train"),
-        ("stage2/checkpoints/latest", "has no checkpoint"),
+        ("stage2/checkpoints/latest", "names no complete checkpoint"),
     ],
 )
 def test_what_is_missing_is_named_and_an_older_page_stays(demo, missing, message):

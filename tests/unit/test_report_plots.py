@@ -57,7 +57,8 @@ def test_the_losses_of_a_stage_are_drawn_for_each_scale(drawn):
 
 
 def test_stage_2_starts_at_the_second_scale(drawn):
-    _, scales = stage_curves(STAGE_ROWS, (1, 2, 4), "Stage 2", "training").axes
+    rows = [{**row, "scale_loss": [None, *row["scale_loss"]]} for row in STAGE_ROWS]
+    _, scales = stage_curves(rows, (1, 2, 4), "Stage 2", "training").axes
     _, middle, last = report_plots._colours(3)
     assert lines_of(scales)[f"{middle} -"] == ([5], [2.0])
     assert lines_of(scales)[f"{last} -"] == ([5], [3.0])
