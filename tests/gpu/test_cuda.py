@@ -48,10 +48,11 @@ def test_float32_steps_are_those_of_the_cpu(inputs: Inputs, tmp_path: Path, patt
         torch.testing.assert_close(runs["cuda"].tensors[name], values, atol=1e-5, rtol=0)
 
 
-def test_bf16_trains_close_to_float32(inputs: Inputs, tmp_path: Path) -> None:
-    """bf16 with float32 masters: losses within bf16 rounding, and a checkpoint of finite float32 numbers."""
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_half_precision_trains_close_to_float32(inputs: Inputs, tmp_path: Path, compute: str) -> None:
+    """Half precision with float32 masters: losses within its rounding, and a checkpoint of finite float32 numbers."""
     exact = train_on("cuda", tiny_config(inputs, tmp_path / "fp32"))
-    rough = train_on("cuda", tiny_config(inputs, tmp_path / "bf16", "precision.compute=bf16"))
+    rough = train_on("cuda", tiny_config(inputs, tmp_path / compute, f"precision.compute={compute}"))
     assert rough.losses == pytest.approx(exact.losses, rel=2e-2)
     assert all(values.isfinite().all() for values in rough.tensors.values())
 
@@ -62,4 +63,4 @@ def test_samples_are_those_of_the_cpu(inputs: Inputs, tmp_path: Path) -> None:
     export_run(tmp_path / "run", tmp_path / "model")
     on_gpu = load_model(tmp_path / "model", device="cuda").generate([0, 1, 2, 3], seed=3).cpu()
     on_cpu = load_model(tmp_path / "model", device="cpu").generate([0, 1, 2, 3], seed=3)
-    torch.testing.assert_close(on_gpu, on_cpu, atol=1e-3, rtol=0)
+    torch.testing.assert_close(on_gpu, on_cpu, atol=1e-4, rtol=0)
