@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hmar_mega.parsers import add_command
+
 if TYPE_CHECKING:
     from hmar_mega.data.index import ShardIndex
 
@@ -15,7 +17,7 @@ LISTED_SHARDS = 10
 
 def add_data_parser(subparsers: Any) -> None:
     """Add `data` and its commands to the sub-parsers of `hmar-mega`; each sets `run`, a function of the arguments."""
-    parser = _add(
+    parser = add_command(
         subparsers,
         "data",
         "make shards of images and tokens",
@@ -29,19 +31,8 @@ def add_data_parser(subparsers: Any) -> None:
     _add_info(commands)
 
 
-def _add(commands: Any, name: str, summary: str, description: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=f"example:\n{example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
-
-
 def _add_demo(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "demo",
         "write a small set of real images as image shards",
@@ -61,7 +52,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_shard(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "shard",
         "write a folder of images as image shards",
@@ -77,7 +68,7 @@ def _add_shard(commands: Any) -> None:
 
 
 def _add_encode(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "encode",
         "turn image shards into token shards",
@@ -102,7 +93,7 @@ def _add_encode(commands: Any) -> None:
 
 
 def _add_info(commands: Any) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "info",
         "show what a folder of shards holds",

@@ -12,6 +12,7 @@ from pathlib import Path
 from hmar_mega import __version__
 from hmar_mega.data.cli import add_data_parser
 from hmar_mega.errors import UserError
+from hmar_mega.parsers import add_command, add_config_arguments
 from hmar_mega.progress import LogHandler
 from hmar_mega.tokenizer.cli import add_tokenizer_parser
 
@@ -73,21 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: argparse._SubParsersAction, name: str, summary: str, example: str) -> argparse.ArgumentParser:  # type: ignore[type-arg]
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return parser
-
-
 def _add_demo(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
-    parser = _add(
-        commands, "demo", "the whole pipeline on real digits: shards, tokenizer, two stages, export, samples, report",
-        "hmar-mega demo --out demo_out",
+    parser = add_command(
+        commands, "demo", "the whole pipeline on real digits: shards, tokenizer, two stages, export, report", "",
+        "  hmar-mega demo --out demo_out",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="new folder (default: demo_out)")
     parser.add_argument(
@@ -104,14 +94,12 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
-    parser = _add(
-        commands, "train", "train a transformer, alone or under torchrun",
-        "hmar-mega train train/d16-256 run.dir=runs/d16 data.train=tokens/train tokenizer.path=vae\n"
+    parser = add_command(
+        commands, "train", "train a transformer, alone or under torchrun", "",
+        "  hmar-mega train train/d16-256 run.dir=runs/d16 data.train=tokens/train tokenizer.path=vae\n"
         "  torchrun --nproc-per-node 8 -m hmar_mega train train/d16-256 parallel.tensor_parallel=2 run.dir=runs/d16 …",
     )  # fmt: skip
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a packaged configuration")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
-    parser.add_argument("--print-config", action="store_true", help="print the full configuration and stop")
+    add_config_arguments(parser)
     parser.set_defaults(run=_run_train)
 
 
@@ -135,9 +123,9 @@ def _run_train(args: argparse.Namespace) -> int:
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
-    parser = _add(
-        commands, "export", "write a run's model for one GPU: model.safetensors, config.json, tokenizer/",
-        "hmar-mega export runs/d16-masked models/d16",
+    parser = add_command(
+        commands, "export", "write a run's model for one GPU: model.safetensors, config.json, tokenizer/", "",
+        "  hmar-mega export runs/d16-masked models/d16",
     )  # fmt: skip
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
@@ -175,9 +163,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
-    parser = _add(
-        commands, "sample", "draw images of given classes into one PNG grid",
-        "hmar-mega sample models/d16 --classes 0,3,7 --count 4 --seed 0 --out grid.png",
+    parser = add_command(
+        commands, "sample", "draw images of given classes into one PNG grid", "",
+        "  hmar-mega sample models/d16 --classes 0,3,7 --count 4 --seed 0 --out grid.png",
     )  # fmt: skip
     parser.add_argument("model", type=Path, metavar="MODEL", help="exported model")
     parser.add_argument("--classes", required=True, help="comma-separated class numbers; a row each")
@@ -195,9 +183,9 @@ def _run_sample(args: argparse.Namespace) -> int:
 
 
 def _add_edit(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
-    parser = _add(
-        commands, "edit", "generate part of an image anew, keeping the rest",
-        "hmar-mega edit models/d16 photo.png --mask mask.png --class 207 --out edited.png",
+    parser = add_command(
+        commands, "edit", "generate part of an image anew, keeping the rest", "",
+        "  hmar-mega edit models/d16 photo.png --mask mask.png --class 207 --out edited.png",
     )  # fmt: skip
     parser.add_argument("model", type=Path, metavar="MODEL", help="exported model")
     parser.add_argument("image", type=Path, metavar="IMAGE", help="image of the model's size")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hmar_mega.config import Config
+from hmar_mega.data.reader import check_batch_sizes
 from hmar_mega.errors import UserError
 from hmar_mega.model.hmar import decays
 from hmar_mega.parallel import zero
@@ -145,18 +146,11 @@ def micro_batch_size(config: Config, data_parallel: int) -> int:
         UserError: when the global batch cannot be divided evenly; the sizes that can are named.
     """
     total, micro = config.data.global_batch_size, config.data.micro_batch_size
-    if total % data_parallel == 0:
+    if micro is None and total % data_parallel == 0:
         share = total // data_parallel
-        if micro is None:
-            return max(m for m in range(1, min(share, 32) + 1) if share % m == 0)
-        if share % micro == 0:
-            return micro
-    unit = data_parallel * (micro or 1)
-    below = total // unit * unit
-    raise UserError(
-        f"global_batch_size={total} is not a multiple of {data_parallel} data-parallel processes × micro_batch_size "
-        f"{micro or 1}; use {f'{below} or ' if below else ''}{below + unit}"
-    )
+        return max(m for m in range(1, min(share, 32) + 1) if share % m == 0)
+    check_batch_sizes(total, micro or 1, data_parallel)
+    return micro or 1
 
 
 def _adamw(model: nn.Module, config: Config, dims: ParallelDims) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hmar_mega.errors import UserError
+from hmar_mega.parsers import add_command, add_config_arguments
 
 EXAMPLE = "example:\n  hmar-mega tokenizer train demo --out vae data.images=shards/train data.images_val=shards/val"
 
@@ -16,27 +17,18 @@ VALIDATION_IMAGES = 512
 
 def add_tokenizer_parser(subparsers: Any) -> None:
     """Add `tokenizer` and its commands to the sub-parsers of `hmar-mega`."""
-    parser = subparsers.add_parser(
-        "tokenizer",
-        help="train the multi-scale VQ-VAE",
-        description="The multi-scale VQ-VAE.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(subparsers, "tokenizer", "train the multi-scale VQ-VAE", "The multi-scale VQ-VAE.", EXAMPLE)
     commands = parser.add_subparsers(dest="tokenizer_command", metavar="COMMAND", required=True)
-    train = commands.add_parser(
+    train = add_command(
+        commands,
         "train",
-        help="train a tokenizer on image shards",
-        description="Train the multi-scale VQ-VAE of a configuration on the image shards in data.images; the result "
-        "goes to OUT.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "train a tokenizer on image shards",
+        "Train the multi-scale VQ-VAE of a configuration on the image shards in data.images; the result goes to OUT.",
+        EXAMPLE,
     )
-    train.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a packaged configuration")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
+    add_config_arguments(train)
     train.add_argument("--out", type=Path, required=True, help="folder of the trained tokenizer")
     train.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
-    train.add_argument("--print-config", action="store_true", help="print the full configuration and stop")
     train.set_defaults(run=_run_train)
 
 

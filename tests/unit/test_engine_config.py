@@ -64,7 +64,8 @@ def test_micro_batches_fill_the_global_batch_or_a_size_that_would_is_named(total
         size = micro_batch_size(settings, ranks)
     except UserError as err:
         assert total % (ranks * (micro or 1)) != 0
-        named = [int(word) for word in str(err).rsplit("; use ", 1)[1].split(" or ")]
+        sizes = str(err).rsplit("; use global_batch_size=", 1)[1].split(", or micro_batch_size")[0]
+        named = [int(word) for word in sizes.split(" or ")]
         assert min(abs(total - n) for n in named) < ranks * (micro or 1)
         for fitting in named:
             assert micro_batch_size(batches(fitting, micro), ranks) >= 1
@@ -78,12 +79,13 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do():
     with pytest.raises(UserError) as caught:
         micro_batch_size(batches(50, 4), 3)
     assert str(caught.value) == (
-        "global_batch_size=50 is not a multiple of 3 data-parallel processes × micro_batch_size 4; use 48 or 60"
+        "global_batch_size=50 does not divide into micro-batches of 4 on 3 data-parallel ranks; use "
+        "global_batch_size=48 or 60"
     )
 
 
 def test_a_batch_below_the_smallest_is_not_answered_with_0():
-    with pytest.raises(UserError, match=r"use 8$"):
+    with pytest.raises(UserError, match=r"use global_batch_size=8$"):
         micro_batch_size(batches(3, 2), 4)
 
 
