@@ -21,14 +21,14 @@ def main(site: Path, repository: Path) -> None:
         for name, folder in settings["package-dir"].items()
         for init in (repository / folder).rglob("__init__.py")
     )
-    for name in (*packages, "hmar_mega.cli", "hmar_mega.config"):
+    for name in (*packages, "hmar_mega.cli", "hmar_mega.config_io"):
         found_at = importlib.util.find_spec(name)
         origin = Path(found_at.origin or "") if found_at else None
         if origin is None or not origin.is_relative_to(site):
             raise SystemExit(f"{name} comes from {origin}, not from the wheel: is it in `packages` of pyproject.toml?")
         importlib.import_module(name)
 
-    config = importlib.import_module("hmar_mega.config")
+    config = importlib.import_module("hmar_mega.config_io")
     sources = repository / "configs"
     expected = sorted(p.relative_to(sources).with_suffix("").as_posix() for p in sources.rglob("*.yaml"))
     found = config.packaged_configs()
