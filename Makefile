@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## data, tokenizer, both stages and samples on this machine, in minutes
-	$(BIN)/hmar-mega demo
+	$(BIN)/hmar-mega demo $(ARGS)
 
 test: $(STAMP)  ## the whole suite
 	$(BIN)/python -m pytest -q

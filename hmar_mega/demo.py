@@ -28,11 +28,13 @@ from hmar_mega.config_io import load_config
 from hmar_mega.data.images import ImageStream, image_grid
 from hmar_mega.data.reader import SampleOrder, ShardReader
 from hmar_mega.errors import UserError
-from hmar_mega.files import cannot_write
+from hmar_mega.files import cannot_write, write_atomic
 from hmar_mega.inference import ImageModel, edit_images, load_model
 from hmar_mega.report import DEMANDED_ACCURACY, DemoFigures, write_report
 from hmar_mega.versions import installed_versions
 
+#: Says that a folder was made by a demo and may be replaced by the next.
+MARKER = ".hmar-mega-demo"
 SAMPLES_PER_CLASS = 50
 GRID_PER_CLASS = 10
 NUM_CLASSES = 10
@@ -45,14 +47,17 @@ def run_demo(out: Path, processes: int = 2, overwrite: bool = False) -> int:
         UserError: when `out` exists, or a step fails.
     """
     if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise UserError(f"{out} exists and is not empty; choose another --out, or give --overwrite to replace it")
+        if not overwrite or not (out / MARKER).is_file():
+            whose = "holds a demo" if (out / MARKER).is_file() else "exists and was not made by a demo"
+            can = " or replace it with --overwrite (make demo ARGS=--overwrite)" if whose == "holds a demo" else ""
+            raise UserError(f"{out} {whose}; choose another --out{can}")
         shutil.rmtree(out)
     load_config("demo", [f"parallel.tensor_parallel={processes}"])  # a number that does not fit is refused here
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise cannot_write(out, err) from None
+    write_atomic(out / MARKER, "made by hmar-mega demo\n")
     steps = _Steps()
     with steps.watch_memory():
         _train_everything(out, processes, steps)

@@ -19,6 +19,8 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
         device = torch.device(wanted)
     except RuntimeError:
         raise UserError(f"device {str(wanted)!r} does not exist; use cpu, cuda or cuda:0, cuda:1 …") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {str(wanted)!r} is not supported; use cpu, cuda or cuda:0, cuda:1 …")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         have = f"only {count} GPU(s)" if count else "no GPU"

@@ -57,6 +57,8 @@ def train_from_config(config: Config) -> Path:
     _check_resolution(config, tokenizer)
     data = _open_shards(config.data.train, "data.train", config, tokenizer)
     validation = _open_shards(config.data.val, "data.val", config, tokenizer) if config.data.val else None
+    if validation is not None:
+        _check_classes(config, data, validation)
     config = _with_resolved(config, tokenizer)
     reader = resumable(config, folder, tokenizer.fingerprint)
     if reader is None:
@@ -68,8 +70,9 @@ def train_from_config(config: Config) -> Path:
         engine, start, best = _build_engine(config, folder, dims, schedule, reader)
         run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step)
         run.progress.best_loss = best
-        if dims.is_main:
+        if dims.is_main and engine.step < last_step:
             _write_run_files(config, folder, run.state)
+        if dims.is_main:
             run.metrics = MetricsLog(folder, config, start)
         dist.barrier()
         with contextlib.closing(run.metrics) if run.metrics is not None else contextlib.nullcontext():
@@ -208,6 +211,17 @@ def _check_resolution(config: Config, tokenizer: MultiScaleVQVAE) -> None:
         config.schedule.scales.check_fits(config.schedule.resolution, tokenizer.config.downsample)
     except ValueError as err:
         raise UserError(str(err)) from None
+
+
+def _check_classes(config: Config, data: ShardReader, validation: ShardReader) -> None:
+    """Refuse validation shards whose labels would mean other classes than those of training."""
+    ours, theirs = data.index.classes, validation.index.classes
+    if ours != theirs:
+        different = ", ".join(sorted(set(ours) ^ set(theirs))[:10]) or "only their order"
+        raise UserError(
+            f"data.val={config.data.val} has other classes than data.train={config.data.train} (different: "
+            f"{different}), so labels would mean different things; shard both from folders with the same class names"
+        )
 
 
 def _with_resolved(config: Config, tokenizer: MultiScaleVQVAE) -> Config:

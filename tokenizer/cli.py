@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def _run_train(args: argparse.Namespace) -> int:
     from hmar_mega.data.reader import ShardReader
     from hmar_mega.tokenizer.train import train_tokenizer
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("tokenizer training is one process in this version; start it without torchrun")
     if args.out.is_dir() and any(args.out.iterdir()) and not args.overwrite:
         raise UserError(
             f"{args.out} exists and is not empty; choose another --out, or give --overwrite (token shards made with a "

@@ -253,6 +253,7 @@ class _Journal:
         )
         self._task: TaskID = self._bar.add_task("", total=steps, figures="")
         self._started = time.perf_counter()
+        self._steps, self._tenths = steps, 0  # without a terminal, a line every tenth of the way
 
     def __enter__(self) -> _Journal:
         self._bar.start()
@@ -275,6 +276,9 @@ class _Journal:
         self._file.flush()
         figures = f"loss {entry['loss']:.4f}  psnr {entry['psnr']:.1f} dB  {entry['images_per_second']:.0f} images/s"
         self._bar.update(self._task, completed=entry["step"], figures=figures)
+        if not self._bar.console.is_terminal and entry["step"] * 10 // self._steps > self._tenths:
+            self._tenths = entry["step"] * 10 // self._steps
+            log.info("tokenizer step %d/%d | %s", entry["step"], self._steps, figures)
 
 
 def _png(sheet: Tensor, side: int) -> bytes:

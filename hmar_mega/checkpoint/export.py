@@ -70,7 +70,11 @@ def export_run(
         )
     settings = export_settings(config, state)
     with new_folder(out) as temporary:
-        tensors = {name: reader.read(name).to(DTYPES[dtype]).contiguous() for name in reader.shapes}
+        tensors = {
+            # a head's temperature would change by up to 1 % in bf16
+            name: reader.read(name).to(torch.float32 if name.endswith("log_scale") else DTYPES[dtype]).contiguous()
+            for name in reader.shapes
+        }
         try:
             save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         except SafetensorError as err:

@@ -236,6 +236,10 @@ def load_model(
 
 def image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
     """(count,) int64: s + i for one number s, or the given ones."""
+    highest = max((int(s) for s in seed), default=0) if not isinstance(seed, int | np.integer) else int(seed)
+    lowest = min((int(s) for s in seed), default=0) if not isinstance(seed, int | np.integer) else int(seed)
+    if lowest < 0 or highest >= 2**62:
+        raise UserError(f"seed {highest if lowest >= 0 else lowest} is out of range: use 0 to 2**62 − 1")
     if isinstance(seed, int | np.integer):
         return torch.arange(count) + int(seed)
     seeds = torch.as_tensor(seed, dtype=torch.int64).flatten()

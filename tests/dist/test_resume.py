@@ -427,3 +427,20 @@ def test_fine_tuning_on_other_classes_starts_only_their_table_afresh(runs, tmp_p
     assert tuned["class_embed.weight"].shape == (10, 32)
     for name in before.keys() - {"class_embed.weight"}:
         torch.testing.assert_close(tuned[name], before[name], atol=1e-6, rtol=0)
+
+
+def test_validation_shards_of_other_classes_are_refused(tmp_path, inputs, uneven_inputs):
+    names = shutil.copytree(inputs.val, tmp_path / "val")
+    index = json.loads((names / "index.json").read_text())
+    index["classes"][0] = "someone else"
+    (names / "index.json").write_text(json.dumps(index))
+    (message,) = run_ranks(1, refusal_rank, tiny_config(inputs, tmp_path / "run", f"data.val={names}"))
+    assert "someone else" in message
+    assert "same class names" in message
+
+
+def test_a_finished_run_is_left_as_it_is(runs, tmp_path, inputs):
+    folder = shutil.copytree(runs.run_dir("single", HALF), tmp_path / "run")
+    before = (folder / "config.yaml").read_text()
+    train(inputs, folder, "single", *DROPPING, steps(HALF), "optim.clip=7")
+    assert (folder / "config.yaml").read_text() == before

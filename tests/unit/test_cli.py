@@ -242,8 +242,8 @@ SAMPLE = ("sample", "in/model")
 
 BAD_COMMANDS = {
     "demo: an output that is taken": (
-        ("demo", "--out", "in/shards"),
-        ("in/shards exists and is not empty", "choose another --out, or give --overwrite"),
+        ("demo", "--out", "in/shards", "--overwrite"),
+        ("in/shards exists and was not made by a demo", "choose another --out"),
     ),
     "demo: an output below a file": (
         ("demo", "--out", "in/a_file/demo"),

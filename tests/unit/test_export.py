@@ -102,7 +102,7 @@ def test_exports_in_half_precision(trained: tuple[Path, HMAR], tmp_path: Path, d
     run, model = trained
     export_run(run, tmp_path / "out", dtype=dtype)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    assert {t.dtype for t in tensors.values()} == {wanted}
+    assert {t.dtype for name, t in tensors.items() if not name.endswith("log_scale")} == {wanted}
     weight = model.head.linear.weight.detach()
     assert torch.equal(tensors["head.linear.weight"], weight.to(wanted))
     assert load_model(tmp_path / "out", "cpu").model.head.linear.weight.dtype == torch.float32
@@ -297,3 +297,11 @@ def test_a_folder_that_cannot_be_new_is_refused(tmp_path: Path, kind: str):
     with pytest.raises(UserError, match=r"exists and is not an empty folder|cannot write"):
         fail_half_way(out / "sub" if kind == "below a file" else out, AssertionError("the block was entered"))
     assert out.exists()
+
+
+def test_temperatures_stay_float32_in_a_bf16_export(trained: tuple[Path, HMAR], tmp_path: Path):
+    run, _ = trained
+    export_run(run, tmp_path / "out", dtype="bf16")
+    stored = ExportReader(tmp_path / "out")
+    kinds = {name: stored.read(name).dtype for name in stored.shapes}
+    assert {n for n, kind in kinds.items() if kind == torch.float32} == {n for n in kinds if n.endswith("log_scale")}

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -133,13 +134,13 @@ def test_after_a_resume_the_curves_show_no_step_twice(tmp_path):
 
 
 @pytest.fixture
-def clean_wandb(monkeypatch) -> Iterator[None]:
+def clean_wandb(monkeypatch) -> Iterator[ModuleType]:
     """Nothing of the user's wandb settings reaches the test, and its helper process does not outlive it."""
     wandb = pytest.importorskip("wandb")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    yield
+    yield wandb
     wandb.teardown()
 
 
@@ -149,6 +150,7 @@ def test_wandb_offline_writes_a_run_below_the_run_directory(tmp_path, clean_wand
     with metrics_log(run, *OFFLINE) as log:
         log.write("train", 1, {"loss": 4.5625, "scale_loss": [4.0, 5.0]})
         log.write("train", 2, {"loss": 4.25, "scale_loss": [3.0, 6.0625]})
+    clean_wandb.teardown()  # waits for wandb's own process, as the end of a program does
     (folder,) = run.glob("wandb/offline-run-*")
     (stored,) = folder.glob("run-*.wandb")
     data = stored.read_bytes()  # protocol buffers, not compressed
