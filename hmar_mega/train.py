@@ -131,7 +131,7 @@ def _initialise(model: HMAR, config: Config, dims: ParallelDims) -> None:
         renames["class_embed.weight"] = ""
     load_weights(model, source, dims, path, renames)
     if dims.is_main:
-        branch = "; the mask branch starts from the next-scale branch" if model.mask_branch_names() and renames else ""
+        branch = "; the mask branch starts from the next-scale branch" if "mask_embed" in renames else ""
         classes = "; the class table starts afresh" if config.run.new_classes else ""
         log.info("weights from %s%s%s", path, branch, classes)
 

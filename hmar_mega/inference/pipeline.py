@@ -236,16 +236,17 @@ def load_model(
 
 def image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
     """(count,) int64: s + i for one number s, or the given ones."""
-    highest = max((int(s) for s in seed), default=0) if not isinstance(seed, int | np.integer) else int(seed)
-    lowest = min((int(s) for s in seed), default=0) if not isinstance(seed, int | np.integer) else int(seed)
-    if lowest < 0 or highest >= 2**62:
-        raise UserError(f"seed {highest if lowest >= 0 else lowest} is out of range: use 0 to 2**62 − 1")
-    if isinstance(seed, int | np.integer):
-        return torch.arange(count) + int(seed)
-    seeds = torch.as_tensor(seed, dtype=torch.int64).flatten()
-    if len(seeds) != count:
-        raise UserError(f"{len(seeds)} seeds for {count} images: give one number, or one for each image")
-    return seeds
+    one = isinstance(seed, int | np.integer)
+    given = [seed] if one else seed.flatten().tolist() if isinstance(seed, Tensor) else list(seed)
+    values = [int(s) for s in given]
+    wrong = [s for s in values if not 0 <= s < 2**62]
+    if wrong:
+        raise UserError(f"seed {wrong[0]} is out of range: use 0 to 2**62 − 1")
+    if one:
+        return torch.arange(count) + values[0]
+    if len(values) != count:
+        raise UserError(f"{len(values)} seeds for {count} images: give one number, or one for each image")
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def _fill(model: nn.Module, source: ExportReader, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
