@@ -228,7 +228,10 @@ class ParallelConfig(Section):
 
     tensor_parallel: int = Field(1, ge=1)
     sequence_parallel: bool = Field(False, description="also split activations along the sequence over tensor ranks")
-    pipeline_parallel: int = Field(1, ge=1)
+    pipeline_parallel: int = Field(1, ge=1, description="stages, each with a run of the layers; needs zero_stage 1")
+    virtual_pipeline_parallel: int = Field(
+        1, ge=1, description="runs of layers a pipeline rank holds in turn (interleaved schedule): smaller bubble"
+    )
     context_parallel: int = Field(1, ge=1)
     zero_stage: int = Field(1, ge=0, le=3, description="1 shards optimizer states, 2 also gradients, 3 also weights")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -237,10 +240,16 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        if self.pipeline_parallel != 1:
+        if self.pipeline_parallel > 1 and self.zero_stage > 1:
             raise ValueError(
-                f"pipeline_parallel={self.pipeline_parallel} is not supported by this version; "
-                "use pipeline_parallel=1 and spread the model with tensor_parallel"
+                f"zero_stage={self.zero_stage} cannot be used with pipeline_parallel={self.pipeline_parallel}: gradients "
+                "and weights must stay whole between the micro-batches of a pipeline; use zero_stage=1, or "
+                "pipeline_parallel=1"
+            )
+        if self.virtual_pipeline_parallel > 1 and self.pipeline_parallel == 1:
+            raise ValueError(
+                f"virtual_pipeline_parallel={self.virtual_pipeline_parallel} interleaves the stages of a pipeline, of "
+                "which there is one; set pipeline_parallel ≥ 2, or virtual_pipeline_parallel=1"
             )
         if self.context_parallel != 1:
             raise ValueError(
@@ -350,6 +359,13 @@ class Config(Section):
             )
         if self.model.ffn_width % tp:
             raise ValueError(f"tensor_parallel={tp} does not divide the feed-forward width {self.model.ffn_width}")
+        pp, vpp, depth = self.parallel.pipeline_parallel, self.parallel.virtual_pipeline_parallel, self.model.depth
+        if pp * vpp > depth:
+            raise ValueError(
+                f"pipeline_parallel={pp} with virtual_pipeline_parallel={vpp} makes {pp * vpp} runs of layers of the "
+                f"{depth} layers there are; use at most pipeline_parallel={max(1, depth // vpp)}"
+                + (f" or virtual_pipeline_parallel={depth // pp}" if vpp > 1 and depth >= pp else "")
+            )
         return self
 
 

@@ -142,7 +142,10 @@ BAD_SETTINGS = {
         ("parallel.tensor_parallel=3",),
         ("tensor_parallel=3 does not divide the 4 heads", "use 1, 2 or 4"),
     ),
-    "pipeline parallelism": (("parallel.pipeline_parallel=2",), ("pipeline_parallel=2 is not supported", "use")),
+    "pipeline under ZeRO-3": (
+        ("parallel.pipeline_parallel=2", "parallel.zero_stage=3"),
+        ("zero_stage=3 cannot be used with pipeline_parallel=2", "use"),
+    ),
     "ZeRO 0": (("parallel.zero_stage=0",), ("zero_stage=0 keeps a full optimizer", "use zero_stage=1, 2 or 3")),
     "scales that do not end at the resolution": (
         ("schedule.patch_nums=[1, 2, 5]", "schedule.mask_schedule=null"),
