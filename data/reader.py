@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hmar_mega.batches import BatchPlan
 from hmar_mega.data.index import Kind, Offsets, ShardIndex, load_offsets, read_index, require_kind
 from hmar_mega.data.order import SampleOrder
 from hmar_mega.data.threads import map_ahead
@@ -219,12 +220,13 @@ def check_fingerprint(index: ShardIndex, tokenizer_fingerprint: str, patch_nums:
 class StreamLoader:
     """This rank's micro-batches of one global batch after the other; an endless iterator.
 
-    The global batch at position s holds positions s … s+G−1. Rank r of R takes the contiguous part that starts at
-    s + r·G/R, cut into contiguous micro-batches.
+    The global batch of G images at position s holds positions s … s+G−1. Rank r of R takes the contiguous part that
+    starts at s + r·G/R, cut into contiguous micro-batches.
 
     Args:
         reader: token shards.
         order: which sample stands at which position.
+        batches: the global batch size of every step, or one for all.
         start_position: images seen before; where a resumed run goes on.
         workers: threads that read steps ahead; 0 reads in the calling thread.
 
@@ -236,7 +238,7 @@ class StreamLoader:
         self,
         reader: ShardReader,
         order: SampleOrder,
-        global_batch_size: int,
+        batches: BatchPlan | int,
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
@@ -244,7 +246,9 @@ class StreamLoader:
         workers: int = 2,
     ) -> None:
         require_kind(reader.folder, reader.index, "tokens")
-        check_batch_sizes(global_batch_size, micro_batch_size, dp_size)
+        self._plan = BatchPlan.constant(batches) if isinstance(batches, int) else batches
+        for size in self._plan.sizes:
+            check_batch_sizes(size, micro_batch_size, dp_size)
         if not 0 <= dp_rank < dp_size or start_position < 0 or order.num_samples != len(reader):
             raise ValueError(
                 f"dp_rank={dp_rank} must be below dp_size={dp_size}, start_position={start_position} not negative, and "
@@ -253,12 +257,10 @@ class StreamLoader:
         self.wait_seconds = 0.0  #: how long the last `next` kept the caller waiting
         self._reader = reader
         self._order = order
-        self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
-        self._rank_size = global_batch_size // dp_size
-        self._rank_start = dp_rank * self._rank_size
+        self._dp_rank, self._dp_size = dp_rank, dp_size
         self._position = start_position
-        self._steps = map_ahead(self._load_step, itertools.count(start_position, global_batch_size), workers)
+        self._steps = map_ahead(self._load_step, self._plan.positions(start_position), workers)
 
     def __iter__(self) -> StreamLoader:
         return self
@@ -269,7 +271,7 @@ class StreamLoader:
             batches = next(self._steps)
         except StopIteration:  # the stream is endless: only close() or an error ends it
             raise RuntimeError("the loader is closed, or stopped at an error before; make a new one") from None
-        self._position += self._global_batch_size
+        self._position += self._plan.size_at(self._position)
         self.wait_seconds = time.perf_counter() - begin
         return batches
 
@@ -282,11 +284,12 @@ class StreamLoader:
         self._steps.close()
 
     def _load_step(self, position: int) -> list[Batch]:
-        start = position + self._rank_start
-        samples = self._order.sample_indices(start, self._rank_size).tolist()
+        share = self._plan.size_at(position) // self._dp_size
+        start = position + self._dp_rank * share
+        samples = self._order.sample_indices(start, share).tolist()
         return [
             _read_batch(self._reader, samples[at : at + self._micro_batch_size], start + at)
-            for at in range(0, self._rank_size, self._micro_batch_size)
+            for at in range(0, share, self._micro_batch_size)
         ]
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from hmar_mega.batches import BatchPlan
 from hmar_mega.scales import PATCH_NUMS, Pattern, ScaleSchedule, mask_schedule_for
 
 #: A decay rate of Adam's moving averages.
@@ -177,6 +178,14 @@ class TokenizerConfig(Section):
         return self
 
 
+class BatchRampConfig(Section):
+    """Smaller batches at the start of a run: `start` images a step, then `increment` more in each part of `images`."""
+
+    start: int = Field(ge=1)
+    increment: int = Field(ge=1, description="divides global_batch_size − start")
+    images: int = Field(ge=1, description="length of the ramp")
+
+
 class DataConfig(Section):
     """Shards and batches. `train`/`val` are folders of token shards; `images`/`images_val` of image shards."""
 
@@ -186,11 +195,35 @@ class DataConfig(Section):
     images_val: str | None = None
     global_batch_size: int = Field(768, ge=1)
     micro_batch_size: int | None = Field(None, ge=1, description="per data-parallel rank; default: as large as fits 32")
+    batch_ramp: BatchRampConfig | None = None
     workers: int = Field(2, ge=0, description="reader threads a rank; 0 reads in the training thread")
     augment: Literal["crop", "none"] = Field(
         "crop",
         description="images: shorter side to 1.125 × resolution and a random crop; none: to resolution, centre crop",
     )
+
+    @property
+    def batch_plan(self) -> BatchPlan:
+        """Images of every step."""
+        ramp = self.batch_ramp
+        if ramp is None:
+            return BatchPlan.constant(self.global_batch_size)
+        return BatchPlan(self.global_batch_size, ramp.start, ramp.increment, ramp.images)
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        ramp = self.batch_ramp
+        if ramp is None:
+            return self
+        missing = self.global_batch_size - ramp.start
+        if missing <= 0 or missing % ramp.increment:
+            fits = [i for i in range(1, missing + 1) if missing % i == 0]
+            raise ValueError(
+                f"batch_ramp from {ramp.start} by {ramp.increment} does not reach global_batch_size="
+                f"{self.global_batch_size}; use a start below it"
+                + (f" and an increment of {_or(fits[-8:])}" if fits else "")
+            )
+        return self
 
 
 class StageConfig(Section):
@@ -218,6 +251,9 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.05, ge=0)
     weight_decay_end: float | None = Field(None, ge=0, description="reached along a half cosine over all steps")
     clip: float = Field(2.0, gt=0)
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="keep a moving average of the weights; 0.9999 is usual; default none"
+    )
     max_bad_steps: int = Field(
         10, ge=1, description="stop after this many steps in a row whose gradients are not finite; each is skipped"
     )
@@ -242,8 +278,8 @@ class ParallelConfig(Section):
     def _check(self) -> ParallelConfig:
         if self.pipeline_parallel > 1 and self.zero_stage > 1:
             raise ValueError(
-                f"zero_stage={self.zero_stage} cannot be used with pipeline_parallel={self.pipeline_parallel}: gradients "
-                "and weights must stay whole between the micro-batches of a pipeline; use zero_stage=1, or "
+                f"zero_stage={self.zero_stage} cannot be used with pipeline_parallel={self.pipeline_parallel}: "
+                "gradients and weights must stay whole between the micro-batches of a pipeline; use zero_stage=1, or "
                 "pipeline_parallel=1"
             )
         if self.virtual_pipeline_parallel > 1 and self.pipeline_parallel == 1:

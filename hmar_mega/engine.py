@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,18 @@ from hmar_mega.config import Config
 from hmar_mega.data.reader import check_batch_sizes
 from hmar_mega.errors import UserError
 from hmar_mega.model.hmar import decays
+from hmar_mega.objective import Objective, Scores, TokenBatch
 from hmar_mega.parallel import zero
 from hmar_mega.parallel.dims import ParallelDims
+from hmar_mega.parallel.pipeline import PipelineModel, PipelineSchedule, batches_fit
 from hmar_mega.schedules import Schedule
 
 log = logging.getLogger(__name__)
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: Kind under which a checkpoint holds the moving average of a weight.
+EMA = "ema"
 
 
 class TrainingError(RuntimeError):
@@ -47,7 +54,11 @@ class Engine:
 
         self.model, self.dims, self.schedule = model, dims, schedule
         micro = micro_batch_size(config, dims.data_parallel)
-        self.accumulation = config.data.global_batch_size // (micro * dims.data_parallel)
+        self.batches = config.data.batch_plan
+        self.step = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self._images_at_once = micro * dims.data_parallel
         optimizer = _adamw(model, config, dims)
         exact = {n: p.detach().to("cpu", torch.float32, copy=True).flatten() for n, p in model.named_parameters()}
         chatter = io.StringIO()  # its bf16 optimizer prints memory figures whatever its log level
@@ -62,48 +73,87 @@ class Engine:
         log.debug("DeepSpeed said:\n%s", chatter.getvalue())
         self.zero = self.deepspeed.optimizer
         self.zero_stage = config.parallel.zero_stage
-        self.step = 0
-        self.skipped = 0
-        self.skipped_in_a_row = 0
+        self._ema: list[Tensor] = []
         #: This process's part of every parameter that is not trained, float32 on the CPU, and where it starts.
         self.frozen = self._restore_exact(exact)
+        self.ema_decay = config.optim.ema_decay
+        if self.ema_decay:  # of the float32 masters this process owns, one tensor for each of DeepSpeed's flat ones
+            self._ema = [flat.detach().clone() for flat in zero.flat_masters(self.zero)]
+        self._pipeline = None
+        if isinstance(model, PipelineModel):
+            dtype = COMPUTE_DTYPES[config.precision.compute]
+            self._pipeline = PipelineSchedule(model, config, dtype, lambda: self.loss_scale)
 
-    def train_step(self, micro_batches: Iterable[Any], loss_of: Callable[[Any], Tensor]) -> float:
+    def train_step(self, micro_batches: Sequence[TokenBatch], objective: Objective) -> tuple[float, list[Scores]]:
         """Forward, backward and one optimizer update, or none where the gradients are not finite.
 
         Args:
             micro_batches: `accumulation` equally large ones.
-            loss_of: micro-batch → scalar mean loss.
 
         Returns:
-            Gradient norm over the whole model before clipping; infinite when the update was skipped.
+            Gradient norm over the whole model before clipping, infinite when the update was skipped; and the scores of
+            every micro-batch, on a pipeline those of its last stage alone.
         """
         self._apply_schedule()
-        for batch in micro_batches:
-            self.deepspeed.backward(loss_of(batch))
-            self.deepspeed.step()  # updates at the last micro-batch; skips by itself what is not finite
+        if self._pipeline is not None:
+            scored = self._pipeline.forward_backward(micro_batches, objective)
+            self.deepspeed.step()
+        else:
+            self.deepspeed.set_train_batch_size(len(micro_batches) * self._images_at_once)
+            scored = []
+            for batch in micro_batches:
+                scores = objective.training(self.deepspeed, batch)
+                self.deepspeed.backward(scores.guarded_mean())
+                self.deepspeed.step()  # updates at the last micro-batch; skips by itself what is not finite
+                scored.append(scores)
         norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
         self.step += 1
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
+            self._average_weights()
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-        return norm
+        return norm, scored
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of the step that is next."""
+        return self.batches.size(self.step) // self._images_at_once
+
+    @property
+    def images_seen(self) -> int:
+        """Before the step that is next: its first image's position in the stream."""
+        return self.batches.position(self.step)
+
+    @property
+    def full_batches_seen(self) -> float:
+        """Steps of the full batch that `images_seen` would be: what the schedule goes by."""
+        return self.images_seen / self.batches.full
 
     @property
     def learning_rate(self) -> float:
         """Of the step that is next."""
-        return self.schedule.lr(self.step)
+        return self.schedule.lr(self.full_batches_seen)
 
     def partitions(self) -> dict[str, zero.Partition]:
         """What this process owns of every trained parameter, by global name."""
-        return zero.partitions(self.zero, self.model)
+        return zero.partitions(self.zero, self.model, {EMA: self._ema} if self._ema else {})
 
     def resume_at(self, step: int, skipped: int) -> None:
         """Stand where `step` steps were made, `skipped` of them without an update; moments are zeros."""
         self.step, self.skipped = step, skipped
         zero.lay_moments(self.zero, step - skipped)
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        """ema ← d·ema + (1 − d)·weights; d grows to `ema_decay` over the first updates, (1 + n)/(10 + n)."""
+        if not self._ema or self.ema_decay is None:
+            return
+        updates = self.step - self.skipped
+        decay = min(self.ema_decay, (1 + updates) / (10 + updates))
+        for average, flat in zip(self._ema, zero.flat_masters(self.zero), strict=True):
+            average.lerp_(flat.detach(), 1 - decay)
 
     @property
     def loss_scale(self) -> float:
@@ -133,7 +183,8 @@ class Engine:
         return frozen
 
     def _apply_schedule(self) -> None:
-        lr, decay = self.schedule.lr(self.step), self.schedule.decay(self.step)
+        at = self.full_batches_seen
+        lr, decay = self.schedule.lr(at), self.schedule.decay(at)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = decay if group["decays"] else 0.0
@@ -143,14 +194,27 @@ def micro_batch_size(config: Config, data_parallel: int) -> int:
     """Samples a data-parallel rank runs at once: as configured, else the largest divisor of its share up to 32.
 
     Raises:
-        UserError: when the global batch cannot be divided evenly; the sizes that can are named.
+        UserError: when a batch of the run cannot be divided evenly; the sizes that can are named.
     """
-    total, micro = config.data.global_batch_size, config.data.micro_batch_size
-    if micro is None and total % data_parallel == 0:
-        share = total // data_parallel
-        return max(m for m in range(1, min(share, 32) + 1) if share % m == 0)
-    check_batch_sizes(total, micro or 1, data_parallel)
-    return micro or 1
+    ranks, sizes, micro = data_parallel, config.data.batch_plan.sizes, config.data.micro_batch_size
+    stages, virtual = config.parallel.pipeline_parallel, config.parallel.virtual_pipeline_parallel
+
+    def fits(micro: int) -> bool:
+        return all(s % (ranks * micro) == 0 and batches_fit(s // (ranks * micro), stages, virtual) for s in sizes)
+
+    if micro is None:
+        micro = max((m for m in range(1, 33) if fits(m)), default=1)
+    for size in sizes:
+        check_batch_sizes(size, micro, ranks)
+    if not fits(micro):
+        share = math.gcd(*sizes) // ranks
+        good = [m for m in range(1, share + 1) if fits(m)]
+        raise UserError(
+            f"micro_batch_size={micro} makes {[s // (ranks * micro) for s in sizes]} micro-batches a step, and "
+            f"virtual_pipeline_parallel={virtual} needs a multiple of the {stages} pipeline stages; use "
+            + (f"micro_batch_size={', '.join(map(str, good))}" if good else "virtual_pipeline_parallel=1")
+        )
+    return micro
 
 
 def _adamw(model: nn.Module, config: Config, dims: ParallelDims) -> torch.optim.Optimizer:
@@ -172,7 +236,6 @@ def _adamw(model: nn.Module, config: Config, dims: ParallelDims) -> torch.optim.
 
 def _deepspeed_config(config: Config, micro: int, accumulation: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
-        "train_batch_size": config.data.global_batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
@@ -181,6 +244,8 @@ def _deepspeed_config(config: Config, micro: int, accumulation: int) -> dict[str
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if config.parallel.pipeline_parallel > 1:  # the pipeline's schedule accumulates; a step is DeepSpeed's to end
+        settings["managed_gradient_accumulation"] = False
     if config.precision.compute == "fp16":
         settings["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1}
     if config.precision.compute == "bf16":

@@ -24,6 +24,7 @@ from hmar_mega.flops import device_peak, train_flops_per_image
 from hmar_mega.metrics import MetricsLog
 from hmar_mega.objective import Objective, TokenBatch, per_scale_sums
 from hmar_mega.parallel.dims import ParallelDims
+from hmar_mega.parallel.pipeline import PipelineModel
 from hmar_mega.progress import track
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Window:
     loss: Tensor
     scales: Tensor
     started: float
-    steps: int = 0
+    micro_batches: int = 0  #: of a data-parallel rank
     images: int = 0
     waited: float = 0.0
     grad_norm: float = 0.0
@@ -96,25 +97,15 @@ def _step(run: Run, window: Window) -> Window:
     batches = next(run.loader)
     window.waited += run.loader.wait_seconds
 
-    losses: list[Tensor] = []
-    scales: list[Tensor] = []
-
-    def loss_of(batch: TokenBatch) -> Tensor:
-        scores = run.objective.training(engine.deepspeed, batch)
-        loss = scores.loss.mean()
-        losses.append(loss.detach().double())
-        scales.append(per_scale_sums(scores, run.objective))
-        # a loss that is not finite must not pass for finite gradients: the engine skips by the gradients' norm
-        return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
-
-    window.grad_norm = engine.train_step(batches, loss_of)
+    window.grad_norm, scored = engine.train_step(batches, run.objective)
+    losses = torch.stack([s.loss.detach().mean().double() for s in scored]) if scored else window.loss.new_zeros(0)
     if engine.skipped_in_a_row:
-        _record_skipped(run, batches, torch.stack(losses))
+        _record_skipped(run, batches, losses)
     else:
-        window.loss += torch.stack(losses).sum()
-        window.scales += torch.stack(scales).sum(0)
-        window.steps += 1
-    window.images += config.data.global_batch_size
+        window.loss += losses.sum()
+        window.scales += sum(per_scale_sums(s, run.objective) for s in scored)
+        window.micro_batches += len(batches)
+    window.images += sum(len(batch.labels) for batch in batches) * run.dims.data_parallel
     step, done = engine.step, engine.step == run.last_step
     following = window
     if step % config.logging.interval == 0 or done:
@@ -139,9 +130,9 @@ def _record_skipped(run: Run, batches: Sequence[TokenBatch], losses: Tensor) -> 
     own = [(int(p), key) for batch in batches for p, key in zip(batch.positions, batch.keys, strict=True)]
     finite = bool(losses.isfinite().all())
     parts: list[Any] = [None] * run.dims.world_size
-    dist.all_gather_object(parts, (run.dims.tp_rank, own, finite))
+    dist.all_gather_object(parts, ((run.dims.tp_rank, run.dims.pp_rank), own, finite))
     if run.dims.is_main:
-        samples = sorted(pair for tp_rank, part, _ in parts if tp_rank == 0 for pair in part)
+        samples = sorted(pair for place, part, _ in parts if place == (0, 0) for pair in part)
         cause = "gradient" if all(f for *_, f in parts) else "loss"
         positions, keys = zip(*samples, strict=True)
         row = {"step": engine.step, "cause": cause, "positions": positions, "keys": keys}
@@ -173,14 +164,14 @@ def _log_line(run: Run, window: Window, lr: float) -> None:
     config, engine = run.config, run.engine
     sums = torch.cat([window.loss.view(1), window.scales.flatten()])
     dist.all_reduce(sums)
-    copies = run.dims.world_size * window.steps * engine.accumulation
+    # every tensor rank of the last stages has counted
+    copies = run.dims.tensor_parallel * run.dims.data_parallel * window.micro_batches
     loss = float(sums[0]) / copies if copies else float("nan")
     totals, counts = sums[1:].view(2, -1).tolist()
     scales = [total / count if count else float("nan") for total, count in zip(totals, counts, strict=True)]
     seconds = time.perf_counter() - window.started
-    batch = config.data.global_batch_size
     values: dict[str, Any] = {
-        "images": engine.step * batch,
+        "images": engine.images_seen,
         "loss": loss,
         "scale_loss": [s if math.isfinite(s) else None for s in scales],
         "grad_norm": window.grad_norm,
@@ -251,10 +242,10 @@ def validation_losses(
     sums = torch.zeros(2, objective.schedule.num_scales, dtype=torch.float64, device=dims.device)
     done = 0
     for batch in batches:
-        sums += per_scale_sums(objective.evaluation(model, batch), objective)
+        sums += _batch_sums(objective, model, batch)
         done += 1
     for _ in range(done, rounds):
-        objective.evaluation(model, batch)
+        _batch_sums(objective, model, batch)
     dist.all_reduce(sums)
     totals, counts = sums.tolist()
     scales = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
@@ -265,15 +256,22 @@ def validation_losses(
     }
 
 
+def _batch_sums(objective: Objective, model: torch.nn.Module, batch: TokenBatch) -> Tensor | float:
+    """`per_scale_sums` of a batch; on a pipeline 0 except on its last stage."""
+    if not isinstance(model, PipelineModel):
+        return per_scale_sums(objective.evaluation(model, batch), objective)
+    cross_entropy = model(lambda chunk: objective.inputs(batch, training=False, stage=chunk.stage), len(batch.labels))
+    return 0.0 if cross_entropy is None else per_scale_sums(objective.scores(cross_entropy, batch), objective)
+
+
 def _save(run: Run) -> Path:
     """Write the checkpoint of this step, unless it was written a moment ago for being the best."""
     name = run.folder / "checkpoints" / step_name(run.engine.step)
     if run.progress.saved_step == run.engine.step:
         return name
-    batch = run.config.data.global_batch_size
     state = {
         **run.state,
-        "images_seen": run.engine.step * batch,
+        "images_seen": run.engine.images_seen,
         "finished": run.engine.step == run.last_step,
         "best_loss": run.progress.best_loss if run.progress.best_loss < float("inf") else None,
         "stream": run.loader.state(),

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hmar_mega import sequence
 from hmar_mega.config import Config
-from hmar_mega.model.layers_torch import Layers
+from hmar_mega.model.stage import Stage
 from hmar_mega.scales import token_weights
 
 #: A model's forward: HMAR itself or DeepSpeed's engine around it.
 Forward = Callable[..., Tensor]
+
+#: Keyword arguments of `HMAR.forward`.
+ModelInputs = dict[str, Any]
 
 
 class TokenBatch(Protocol):
@@ -44,55 +47,71 @@ class Scores:
     cross_entropy: Tensor
     counted: Tensor
 
+    def guarded_mean(self) -> Tensor:
+        """The loss to go back from: NaN where it is not finite, which must not pass for finite gradients."""
+        loss = self.loss.mean()
+        return loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+
 
 class Objective:
     """Stage 1 (next-scale) or stage 2 (masked prediction) of one configuration.
 
     Args:
         codes: the tokenizer's quantizer, on `device`.
-        layers: the model's layers, for their cross-entropy.
     """
 
-    def __init__(self, config: Config, codes: sequence.Codes, layers: Layers, device: torch.device) -> None:
-        self.config, self.codes, self.layers, self.device = config, codes, layers, device
+    def __init__(self, config: Config, codes: sequence.Codes, device: torch.device) -> None:
+        self.config, self.codes, self.device = config, codes, device
         self.schedule = config.schedule.scales
         self.weights = token_weights(self.schedule, config.stage.loss_weights).to(device)
 
     def training(self, forward: Forward, batch: TokenBatch) -> Scores:
         """Scores with label drop, masks and drop-path drawn from (seed, stream position)."""
-        config, positions = self.config, batch.positions.to(self.device)
-        seed, model = config.run.seed, config.model
-        labels = sequence.drop_labels(
-            batch.labels.to(self.device), positions, seed, config.stage.label_drop, model.num_classes
-        )
-        drop_path = None
-        if model.resolved_drop_path > 0:
-            drop_path = sequence.drop_path_factors(positions, seed, model.depth, model.resolved_drop_path)
-        return self._scores(forward, labels, batch, drop_path)
+        return self.scores(forward(**self.inputs(batch, training=True)), batch)
 
     @torch.no_grad()
     def evaluation(self, forward: Forward, batch: TokenBatch) -> Scores:
         """Scores with every label kept and no drop-path; masks are functions of (seed, the sample's number)."""
-        return self._scores(forward, batch.labels.to(self.device), batch, None)
+        return self.scores(forward(**self.inputs(batch, training=False)), batch)
 
-    def _scores(self, forward: Forward, labels: Tensor, batch: TokenBatch, drop_path: Tensor | None) -> Scores:
-        tokens, schedule = batch.tokens.to(self.device), self.schedule
-        with torch.no_grad():
-            given = sequence.teacher_input(tokens, self.codes, schedule)
+    @torch.no_grad()
+    def inputs(self, batch: TokenBatch, *, training: bool, stage: Stage | None = None) -> ModelInputs:
+        """What `HMAR.forward` takes for the cross-entropy of a batch; on a pipeline, what `stage` needs of it."""
+        config, schedule, model = self.config, self.schedule, self.config.model
+        positions, seed = batch.positions.to(self.device), config.run.seed
+        masked = config.stage.name == "masked"
+        given: ModelInputs = {"branch": "masked" if masked else "next_scale"}
+        if training and model.resolved_drop_path > 0:
+            given["drop_path"] = sequence.drop_path_factors(positions, seed, model.depth, model.resolved_drop_path)
+        if stage is not None and not (stage.first or stage.last):
+            return given
+        tokens = batch.tokens.to(self.device)
+        if stage is None or stage.last:
+            given["targets_BN"] = tokens
+        if stage is None or stage.first:
+            labels = batch.labels.to(self.device)
+            if training:
+                labels = sequence.drop_labels(labels, positions, seed, config.stage.label_drop, model.num_classes)
+            given["labels_B"] = labels
+            given["teacher_input_BNZ"] = sequence.teacher_input(tokens, self.codes, schedule)
+            if masked:
+                mask = given["mask_BN"] = self._masks(batch)
+                given["token_features_BNZ"] = sequence.token_features(
+                    tokens, mask, self.codes, schedule, config.stage.mask_input
+                )
+        return given
+
+    def scores(self, cross_entropy_BN: Tensor, batch: TokenBatch) -> Scores:
+        """What the cross-entropy of a batch means in this stage of training."""
         if self.config.stage.name == "next_scale":
-            logits = forward(labels, given, drop_path=drop_path)
-            ce = self._cross_entropy(logits, tokens)
-            return Scores(sequence.next_scale_loss(ce, self.weights), ce.detach(), torch.ones_like(tokens).bool())
-        with torch.no_grad():
-            mask = sequence.draw_masks(batch.positions.to(self.device), self.config.run.seed, schedule)
-            features = sequence.token_features(tokens, mask, self.codes, schedule, self.config.stage.mask_input)
-        logits = forward(labels, given, features, mask, branch="masked", drop_path=drop_path)
-        ce = self._cross_entropy(logits, tokens)
+            loss = sequence.next_scale_loss(cross_entropy_BN, self.weights)
+            return Scores(loss, cross_entropy_BN.detach(), torch.ones_like(cross_entropy_BN, dtype=torch.bool))
+        mask = self._masks(batch)
         counted = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1)
-        return Scores(sequence.masked_loss(ce, mask), ce.detach(), counted)
+        return Scores(sequence.masked_loss(cross_entropy_BN, mask), cross_entropy_BN.detach(), counted)
 
-    def _cross_entropy(self, logits_NBV: Tensor, tokens_BN: Tensor) -> Tensor:
-        return self.layers.cross_entropy(logits_NBV, tokens_BN.t().contiguous()).t()
+    def _masks(self, batch: TokenBatch) -> Tensor:
+        return sequence.draw_masks(batch.positions.to(self.device), self.config.run.seed, self.schedule)
 
 
 def per_scale_sums(scores: Scores, objective: Objective) -> Tensor:

@@ -29,10 +29,12 @@ from hmar_mega.errors import UserError
 from hmar_mega.files import check_writable, write_atomic
 from hmar_mega.inference.grid import GridSampler
 from hmar_mega.metrics import MetricsLog, require_wandb
-from hmar_mega.model.hmar import HMAR
+from hmar_mega.model.hmar import HMAR, mask_branch_names
 from hmar_mega.model.layers_mcore import McoreLayers
+from hmar_mega.model.stage import Stage, split_layers
 from hmar_mega.objective import Objective
 from hmar_mega.parallel.dims import ParallelDims, parallel_world
+from hmar_mega.parallel.pipeline import PipelineModel
 from hmar_mega.schedules import Schedule
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 from hmar_mega.versions import git_revision, installed_versions
@@ -65,7 +67,9 @@ def train_from_config(config: Config) -> Path:
         check_origin(config, tokenizer.fingerprint)
     with parallel_world(config) as dims:
         schedule = Schedule.of(config, len(data))
-        last_step = min(schedule.total_steps, config.optim.max_steps or schedule.total_steps)
+        plan = config.data.batch_plan
+        last_step = plan.steps_for(schedule.total_steps * plan.full)
+        last_step = min(last_step, config.optim.max_steps or last_step)
         tokenizer = tokenizer.to(dims.device)
         engine, start, best = _build_engine(config, folder, dims, schedule, reader)
         run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step)
@@ -83,11 +87,11 @@ def train_from_config(config: Config) -> Path:
     return folder
 
 
-def build_model(config: Config, layers: Any) -> HMAR:
-    """The model of `config`; in stage 2 with the mask branch, everything else frozen."""
+def build_model(config: Config, layers: Any, stage: Stage | None = None) -> HMAR:
+    """The model of `config`, or a stage of it; in training stage 2 with the mask branch, everything else frozen."""
     model = HMAR(
         config.model, config.schedule.scales, config.tokenizer.codebook_size, config.tokenizer.latent_channels,
-        mask_branch=config.stage.name == "masked", layers=layers, seed=config.run.seed,
+        mask_branch=config.stage.name == "masked", layers=layers, seed=config.run.seed, stage=stage,
     )  # fmt: skip
     model.set_recompute(config.parallel.recompute)
     if config.stage.name == "masked":
@@ -96,11 +100,23 @@ def build_model(config: Config, layers: Any) -> HMAR:
     return model
 
 
+def build_parallel_model(config: Config, dims: ParallelDims) -> HMAR | PipelineModel:
+    """This rank's part of the model of `config`."""
+    layers = McoreLayers(config.parallel.sequence_parallel)
+    if dims.pipeline_parallel == 1:
+        return build_model(config, layers)
+    virtual = config.parallel.virtual_pipeline_parallel
+    stages = split_layers(config.model.depth, dims.pipeline_parallel * virtual)
+    model = PipelineModel([build_model(config, layers, s) for s in stages[dims.pp_rank :: dims.pipeline_parallel]])
+    model.add_ballast()
+    return model
+
+
 def _build_engine(
     config: Config, folder: Path, dims: ParallelDims, schedule: Schedule, reader: CheckpointReader | None
 ) -> tuple[Engine, int, float]:
     """Model with its starting weights, the engine around it, the step it stands at and the best loss so far."""
-    model = build_model(config, McoreLayers(config.parallel.sequence_parallel))
+    model = build_parallel_model(config, dims)
     if reader is not None:
         load_weights(model, reader, dims, folder)
     elif config.run.init_from is not None:
@@ -120,13 +136,13 @@ def _build_engine(
     return engine, engine.step, float("inf") if best is None else float(best)
 
 
-def _initialise(model: HMAR, config: Config, dims: ParallelDims) -> None:
+def _initialise(model: HMAR | PipelineModel, config: Config, dims: ParallelDims) -> None:
     """Weights from another run; the mask branch of a next-scale model starts from its last blocks and head."""
     path = str(config.run.init_from)
     source = open_weights(path)
     renames: dict[str, str] = {}
     if model.has_mask_branch and "mask_embed" not in source.shapes:
-        renames = {**model.mask_branch_names(), "mask_embed": ""}
+        renames = {**mask_branch_names(n for n, _ in model.named_parameters()), "mask_embed": ""}
     if config.run.new_classes:
         renames["class_embed.weight"] = ""
     load_weights(model, source, dims, path, renames)
@@ -141,9 +157,8 @@ def _assemble(
     data: ShardReader, validation: ShardReader | None, last_step: int,
 ) -> loop.Run:  # fmt: skip
     loader = StreamLoader(
-        data, SampleOrder(len(data), config.run.seed), config.data.global_batch_size,
-        micro_batch_size(config, dims.data_parallel), dims.dp_rank, dims.data_parallel,
-        start_position=engine.step * config.data.global_batch_size, workers=config.data.workers,
+        data, SampleOrder(len(data), config.run.seed), config.data.batch_plan,
+        micro_batch_size(config, dims.data_parallel), dims.dp_rank, dims.data_parallel, start_position=engine.images_seen, workers=config.data.workers,
     )  # fmt: skip
     batches, rounds = None, 0
     if validation is not None:
@@ -161,7 +176,7 @@ def _assemble(
     model: Any = engine.model
     return loop.Run(
         config=config, folder=folder, dims=dims, engine=engine,
-        objective=Objective(config, tokenizer.quantizer, model.layers, dims.device),
+        objective=Objective(config, tokenizer.quantizer, dims.device),
         loader=loader, validation=batches, validation_rounds=rounds,
         sampler=GridSampler(model, tokenizer, config, dims.is_main) if config.eval.grid_count else None,
         last_step=last_step,

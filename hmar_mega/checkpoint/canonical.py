@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from hmar_mega.checkpoint.layout import Placement, fragments, placement
 from hmar_mega.checkpoint.sources import BEST, LATEST, CheckpointReader, WeightSource, check_shapes
-from hmar_mega.engine import Engine
+from hmar_mega.engine import EMA, Engine
 from hmar_mega.files import sync_folder, sync_path, write_atomic
 from hmar_mega.parallel.dims import ParallelDims
+from hmar_mega.parallel.pipeline import BALLAST
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +82,10 @@ def load_weights(
         UserError: when a tensor is missing or of another shape.
     """
     renames = renames or {}
-    places = {n: placement(p, dims.tp_rank, dims.tensor_parallel) for n, p in model.named_parameters()}
+    places = {n: placement(p, dims.tp_rank, dims.tensor_parallel) for n, p in saved_parameters(model)}
     wanted = {renames.get(n, n): place.global_shape for n, place in places.items() if renames.get(n, n)}
     check_shapes(source, wanted, where)
-    for name, parameter in model.named_parameters():
+    for name, parameter in saved_parameters(model):
         stored = renames.get(name, name)
         if stored:
             with torch.no_grad():
@@ -93,13 +95,23 @@ def load_weights(
 def load_optimizer(engine: Engine, reader: CheckpointReader) -> None:
     """Fill float32 masters and Adam moments from a checkpoint, and continue at its step."""
     engine.resume_at(int(reader.state["step"]), int(reader.state.get("skipped_steps", 0)))
-    parameters = dict(engine.model.named_parameters())
-    for name, owned in engine.partitions().items():
-        place = placement(parameters[name], engine.dims.tp_rank, engine.dims.tensor_parallel)
+    partitions = engine.partitions()
+    for name, parameter in saved_parameters(engine.model):
+        if name not in partitions:
+            continue
+        owned, stored = partitions[name], reader.kinds(name)
+        place = placement(parameter, engine.dims.tp_rank, engine.dims.tensor_parallel)
         for kind, target in (("weight", owned.weight), *owned.moments.items()):
+            if kind == EMA and EMA not in stored:  # an average that starts here starts from the weights
+                kind = "weight"
             for box, first, last, at in fragments(place, owned.start, owned.stop):
                 values = reader.read(name, box, kind).flatten()[first:last]
                 target[at : at + last - first].copy_(values)
+
+
+def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a rank's part of the model that checkpoints hold, by global name."""
+    return ((name, p) for name, p in model.named_parameters() if name not in BALLAST)
 
 
 def point_to(run: Path, pointer: str, checkpoint: Path) -> None:
@@ -117,7 +129,7 @@ def _own_tensors(engine: Engine, file: str) -> tuple[dict[str, Tensor], list[dic
     dims, owned = engine.dims, engine.partitions()
     tensors: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
-    for name, parameter in engine.model.named_parameters():
+    for name, parameter in saved_parameters(engine.model):
         place = placement(parameter, dims.tp_rank, dims.tensor_parallel)
         if place.replicated and dims.tp_rank > 0:
             continue

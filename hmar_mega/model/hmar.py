@@ -8,7 +8,8 @@ checkpoints know no topology. Axes: N sequence, B batch, C width, Z latent chann
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,14 @@ from hmar_mega.model.attention import Attend, SequenceAttention
 from hmar_mega.model.initialize import Initializer
 from hmar_mega.model.layer import Attention, Block, modulated_norm
 from hmar_mega.model.layers_torch import Layers, TorchLayers
+from hmar_mega.model.stage import Stage
 from hmar_mega.scales import ScaleSchedule
 
 Branch = Literal["next_scale", "masked"]
 Recompute = Literal["none", "selective", "full"]
+
+#: Float32 logits that are held at a time while cross-entropy is computed.
+LOGITS_CHUNK_BYTES = 2**27
 
 #: Parameters without weight decay beside 1-d ones: position, level and shared-AdaLN tables.
 NO_DECAY = ("pos_start", "pos_embed", "level_embed", "ada_gss")
@@ -46,22 +51,63 @@ class Head(nn.Module):
         mark_padding(self.linear.weight, vocabulary)
         mark_padding(self.linear.bias, vocabulary)
 
-    def forward(self, x_NBC: Tensor, cond_BC: Tensor) -> Tensor:
-        """(N, B, C), (B, C) → (N, B, V/tp) float32; columns beyond V, padding of the last ranks, are −inf.
+    def forward(self, x_NBC: Tensor, cond_BC: Tensor, targets_NB: Tensor | None = None) -> Tensor:
+        """Logits of every position, or their cross-entropy.
 
-        Under sequence parallelism x is this rank's part, and the logits are of the whole padded sequence.
+        Under sequence parallelism x is this rank's part, and the result is of the whole padded sequence.
+
+        Args:
+            targets_NB: (N, B) int64 tokens, or None.
+
+        Returns:
+            (N, B, V/tp) float32 logits, of which columns beyond V, padding of the last ranks, are −inf; with targets
+            (N, B) float32, −log p(target), through at most `LOGITS_CHUNK_BYTES` of logits at a time.
         """
         scale, shift = self.layers.for_sequence_part(self.ada_lin(F.silu(cond_BC))).chunk(2, dim=-1)
-        logits = self.linear(modulated_norm(x_NBC, scale, shift)).float()
+        x_NBC = modulated_norm(x_NBC, scale, shift)
+        return self._logits(x_NBC) if targets_NB is None else self._cross_entropy(x_NBC, targets_NB)
+
+    def _logits(self, x_NBC: Tensor) -> Tensor:
+        logits = self.linear(x_NBC).float()
         real = self.vocabulary - self.layers.vocabulary_start(logits.shape[-1])
         if real < logits.shape[-1]:
             padding = torch.arange(logits.shape[-1], device=logits.device) >= real
             logits = logits.masked_fill(padding, float("-inf"))
         return logits
 
+    def _cross_entropy(self, x_nBC: Tensor, targets_NB: Tensor) -> Tensor:
+        """Chunk by chunk along the sequence; the logits of a chunk are computed again in the backward pass.
+
+        Under sequence parallelism a chunk takes the same rows of every rank's part.
+        """
+        parts, (rows, batch) = self.layers.sequence_parts, x_nBC.shape[:2]
+        targets = F.pad(targets_NB, (0, 0, 0, parts * rows - targets_NB.shape[0])).view(parts, rows, batch)
+        columns = pad_to_multiple(self.vocabulary, self.layers.tensor_parallel) // self.layers.tensor_parallel
+        size = max(1, LOGITS_CHUNK_BYTES // (4 * parts * batch * columns))
+
+        def chunk(x: Tensor, wanted: Tensor) -> Tensor:
+            return self.layers.cross_entropy(self._logits(x), wanted)
+
+        out = []
+        for x, wanted in zip(x_nBC.split(size), targets.split(size, dim=1), strict=True):
+            flat = wanted.reshape(-1, batch)
+            if size < rows and torch.is_grad_enabled():
+                out.append(checkpoint(chunk, x, flat, use_reentrant=False).view(wanted.shape))
+            else:
+                out.append(chunk(x, flat).view(wanted.shape))
+        return torch.cat(out, dim=1).view(parts * rows, batch)
+
+
+class Hidden(NamedTuple):
+    """What goes from layer to layer: activations (n, B, C), the condition (B, C) and shared modulation (B, 6, C)."""
+
+    x: Tensor
+    cond: Tensor
+    shared: Tensor | None
+
 
 class HMAR(nn.Module):
-    """The transformer over token maps of growing size.
+    """The transformer over token maps of growing size, or one stage of it on a pipeline.
 
     Args:
         config: sizes and attention.
@@ -71,6 +117,7 @@ class HMAR(nn.Module):
         mask_branch: build the mask branch too (stage 2 and composite models).
         layers: plain or tensor-parallel layers.
         seed: of the initial weights.
+        stage: the run of layers to build; default all of them.
     """
 
     def __init__(
@@ -83,12 +130,33 @@ class HMAR(nn.Module):
         mask_branch: bool = False,
         layers: Layers | None = None,
         seed: int = 0,
+        stage: Stage | None = None,
     ) -> None:
         super().__init__()
         self.config, self.schedule, self.codebook_size = config, schedule, codebook_size
         self.layers = layers if layers is not None else TorchLayers()
-        width, depth = config.resolved_width, config.depth
-        init = Initializer(seed, math.sqrt(1 / (3 * width)))
+        self.stage = stage if stage is not None else Stage(range(config.depth))
+        self.has_mask_branch = mask_branch
+        self.input_tensor: Tensor | None = None  #: packed activations of the stage before; a pipeline sets it
+        init = Initializer(seed, math.sqrt(1 / (3 * config.resolved_width)))
+        if self.stage.first:
+            self._build_embeddings(latent_channels, init)
+        numbers = self.stage.layers
+        self.blocks = nn.ModuleDict({str(i): Block(f"blocks.{i}", config, self.layers, init) for i in numbers})
+        if self.stage.last:
+            self.head = Head("head", config.resolved_width, codebook_size, self.layers, init)
+        if mask_branch:
+            own = [i for i in numbers if i in self.mask_layer_numbers]
+            self.mask_blocks = nn.ModuleDict(
+                {str(i): Block(f"mask_blocks.{i}", config, self.layers, init) for i in own}
+            )
+            if self.stage.last:
+                self.mask_head = Head("mask_head", config.resolved_width, codebook_size, self.layers, init)
+        self.register_buffer("level_ids", schedule.level_ids(), persistent=False)
+        self.set_recompute("none")
+
+    def _build_embeddings(self, latent_channels: int, init: Initializer) -> None:
+        config, width = self.config, self.config.resolved_width
 
         def table(name: str, *shape: int) -> nn.Parameter:
             parameter = nn.Parameter(torch.empty(shape))
@@ -105,22 +173,13 @@ class HMAR(nn.Module):
         mark_padding(self.class_embed.weight, classes)
         self.word_embed = TorchLayers().row(latent_channels, width, init.normal("word_embed.weight"))
         self.pos_start = table("pos_start", 1, 1, width)
-        self.pos_embed = table("pos_embed", 1, schedule.num_tokens, width)
-        self.level_embed = table("level_embed", schedule.num_scales, width)
+        self.pos_embed = table("pos_embed", 1, self.schedule.num_tokens, width)
+        self.level_embed = table("level_embed", self.schedule.num_scales, width)
         if config.shared_aln:
             fill = init.normal("shared_ada_lin.weight")
             self.shared_ada_lin = self.layers.column(width, 6 * width, fill, bias=True, gather=True)
-        self.blocks = nn.ModuleDict({str(i): Block(f"blocks.{i}", config, self.layers, init) for i in range(depth)})
-        self.head = Head("head", width, codebook_size, self.layers, init)
-        self.has_mask_branch = mask_branch
-        if mask_branch:
+        if self.has_mask_branch:
             self.mask_embed = table("mask_embed", 1, width)
-            self.mask_blocks = nn.ModuleDict(
-                {str(i): Block(f"mask_blocks.{i}", config, self.layers, init) for i in self.mask_layer_numbers}
-            )
-            self.mask_head = Head("mask_head", width, codebook_size, self.layers, init)
-        self.register_buffer("level_ids", schedule.level_ids(), persistent=False)
-        self.set_recompute("none")
 
     def set_recompute(self, recompute: Recompute) -> None:
         """Choose what the backward pass recomputes instead of keeping: nothing, attention, or whole blocks."""
@@ -136,36 +195,50 @@ class HMAR(nn.Module):
 
     def forward(
         self,
-        labels_B: Tensor,
-        teacher_input_BNZ: Tensor,
+        labels_B: Tensor | None = None,
+        teacher_input_BNZ: Tensor | None = None,
         token_features_BNZ: Tensor | None = None,
         mask_BN: Tensor | None = None,
         *,
         branch: Branch = "next_scale",
         drop_path: Tensor | None = None,
+        targets_BN: Tensor | None = None,
     ) -> Tensor:
-        """Teacher-forced logits of every position.
+        """Teacher-forced logits of every position, or their cross-entropy; on a pipeline, this stage's part of it.
 
         Args:
-            labels_B: (B,) int64 classes; `num_classes` is the unconditional one.
-            teacher_input_BNZ: (B, N−1, Z), f̂ of the scales before, area-downsampled.
-            token_features_BNZ: (B, N−1, Z), φ_k(e_k)↓ of the tokens themselves; mask branch only.
-            mask_BN: (B, N−1) bool, True where the token is to be predicted; mask branch only.
+            labels_B: (B,) int64 classes; `num_classes` is the unconditional one. First stage only.
+            teacher_input_BNZ: (B, N−1, Z), f̂ of the scales before, area-downsampled. First stage only.
+            token_features_BNZ: (B, N−1, Z), φ_k(e_k)↓ of the tokens themselves; first stage, mask branch only.
+            mask_BN: (B, N−1) bool, True where the token is to be predicted; first stage, mask branch only.
             drop_path: (depth, 2, B) residual factors, or None for none.
+            targets_BN: (B, N) int64 tokens, or None for logits. Last stage only.
 
         Returns:
-            (N, B, V/tp) float32.
+            (B, N) float32 cross-entropy in nats where `targets_BN` is given, else logits (N, B, V/tp) float32; of a
+            stage that is not the last, packed activations (see `pack`).
         """
-        cond = self.condition(labels_B)
-        x = torch.cat(
-            [
-                self.embed(slice(0, 1), cond),
-                self.embed(slice(1, None), cond, teacher_input_BNZ, token_features_BNZ, mask_BN),
-            ]
-        )
-        attention = self.config.attention
+        attention, length = self.config.attention, self.schedule.num_tokens
         attend = SequenceAttention(self.schedule, attention.pattern, attention.backend)
-        return self.run(x, cond, branch, attend, drop_path)
+        if self.stage.first:
+            assert labels_B is not None
+            cond = self.condition(labels_B)
+            x = torch.cat(
+                [
+                    self.embed(slice(0, 1), cond),
+                    self.embed(slice(1, None), cond, teacher_input_BNZ, token_features_BNZ, mask_BN),
+                ]
+            )
+            hidden = self.enter(x, cond)
+        else:
+            assert self.input_tensor is not None
+            hidden = self.unpack(self.input_tensor)
+        hidden = self.run_blocks(hidden, branch, attend, length, drop_path)
+        if not self.stage.last:
+            return self.pack(hidden)
+        targets = None if targets_BN is None else targets_BN.t().contiguous()
+        out = self.leave(hidden, branch, length, targets)
+        return out if targets is None else out.t()
 
     def condition(self, labels_B: Tensor) -> Tensor:
         """Class embedding, (B,) → (B, C)."""
@@ -199,21 +272,53 @@ class HMAR(nn.Module):
         self, x_NBC: Tensor, cond_BC: Tensor, branch: Branch, attend: Attend, drop_path: Tensor | None = None
     ) -> Tensor:
         """Blocks and head of `branch`: (n, B, C) → (n, B, V/tp) float32."""
+        length = x_NBC.shape[0]
+        return self.leave(
+            self.run_blocks(self.enter(x_NBC, cond_BC), branch, attend, length, drop_path), branch, length
+        )
+
+    def enter(self, x_NBC: Tensor, cond_BC: Tensor) -> Hidden:
+        """What the first layer takes: this rank's part of the sequence, the condition and the shared modulation."""
         shared = None
         if self.config.shared_aln:
             shared = self.shared_ada_lin(F.silu(cond_BC)).unflatten(-1, (6, -1))
-        length = x_NBC.shape[0]
-        x_NBC = self.layers.scatter_sequence(x_NBC)
-        for number in range(self.config.depth):
+        return Hidden(self.layers.scatter_sequence(x_NBC), cond_BC, shared)
+
+    def run_blocks(
+        self, hidden: Hidden, branch: Branch, attend: Attend, length: int, drop_path: Tensor | None = None
+    ) -> Hidden:
+        """The layers of this stage as `branch` runs them; `length` counts the real tokens of the whole sequence."""
+        x, cond, shared = hidden
+        for number in self.stage.layers:
             block = self.block(number, branch)
             factors = None if drop_path is None else drop_path[number]
-            given = (x_NBC, cond_BC, shared, attend, length, factors)
+            given = (x, cond, shared, attend, length, factors)
             if self.recompute == "full" and torch.is_grad_enabled():
-                x_NBC = checkpoint(block, *given, use_reentrant=False)
+                x = checkpoint(block, *given, use_reentrant=False)
             else:
-                x_NBC = block(*given)
+                x = block(*given)
+        return Hidden(x, cond, shared)
+
+    def leave(self, hidden: Hidden, branch: Branch, length: int, targets_NB: Tensor | None = None) -> Tensor:
+        """The head of `branch` on the last layer's output; see `Head.forward`."""
         head = self.mask_head if branch == "masked" else self.head
-        return head(x_NBC, cond_BC)[:length]
+        return head(hidden.x, hidden.cond, targets_NB)[:length]
+
+    @property
+    def extra_rows(self) -> int:
+        """Rows that travel in front of packed activations: the condition, and the shared modulation where there is."""
+        return 7 if self.config.shared_aln else 1
+
+    def pack(self, hidden: Hidden) -> Tensor:
+        """One tensor for the next stage, (extra_rows + n, B, C)."""
+        x, cond, shared = hidden
+        return torch.cat([cond[None], x] if shared is None else [cond[None], shared.transpose(0, 1), x])
+
+    def unpack(self, packed: Tensor) -> Hidden:
+        """What `pack` packed."""
+        rows = self.extra_rows
+        shared = packed[1:rows].transpose(0, 1) if rows > 1 else None
+        return Hidden(packed[rows:], packed[0], shared)
 
     def block(self, number: int, branch: Branch) -> Block:
         """Layer `number` as `branch` runs it."""
@@ -222,13 +327,10 @@ class HMAR(nn.Module):
         assert isinstance(found, Block)
         return found
 
-    def mask_branch_names(self) -> dict[str, str]:
-        """Name of each parameter of the mask branch that starts from the next-scale branch → that one's name."""
-        names = {}
-        for name, _ in self.named_parameters():
-            if name.startswith("mask_blocks.") or name.startswith("mask_head."):
-                names[name] = name.removeprefix("mask_")
-        return names
+
+def mask_branch_names(names: Iterable[str]) -> dict[str, str]:
+    """Name of each parameter of the mask branch that starts from the next-scale branch → that one's name."""
+    return {n: n.removeprefix("mask_") for n in names if n.startswith(("mask_blocks.", "mask_head."))}
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -67,6 +67,7 @@ class McoreLayers:
     def __init__(self, sequence_parallel: bool = False) -> None:
         self.tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
         self.sequence_parallel = sequence_parallel and self.tensor_parallel > 1
+        self.sequence_parts = self.tensor_parallel if self.sequence_parallel else 1
         self._without_sequence = ModelParallelConfig(
             tensor_model_parallel_size=self.tensor_parallel,
             use_cpu_initialization=True,

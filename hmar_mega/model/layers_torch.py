@@ -18,6 +18,7 @@ class Layers(Protocol):
     """The layers a model is made of. Outputs are plain tensors; biases start at 0."""
 
     tensor_parallel: int
+    sequence_parts: int  #: that the sequence is cut into: `tensor_parallel` under sequence parallelism, else 1
 
     def column(
         self, in_features: int, out_features: int, fill: Fill, *, bias: bool, gather: bool = False, stride: int = 1
@@ -56,6 +57,7 @@ class TorchLayers:
     """`Layers` in one process with torch alone."""
 
     tensor_parallel = 1
+    sequence_parts = 1
 
     def column(
         self, in_features: int, out_features: int, fill: Fill, *, bias: bool, gather: bool = False, stride: int = 1

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CpuTensors(TorchFunctionMode):
+    """Makes on the CPU what is asked for with device="cuda": mcore's pipeline schedules do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def cpu_tensors() -> AbstractContextManager[object]:
+    """Around a pipeline schedule: where there is no CUDA, its device="cuda" means the CPU."""
+    return nullcontext() if torch.cuda.is_available() else _CpuTensors()
 
 
 @contextmanager

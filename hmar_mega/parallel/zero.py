@@ -6,6 +6,7 @@ parameter, a range of its flattened local elements and views of the values in it
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ class Partition:
     Attributes:
         start, stop: range in the flattened local parameter.
         weight: float32 master values of that range, a view.
-        moments: `exp_avg` and `exp_avg_sq` of that range, views; empty before the first step.
+        moments: `exp_avg` and `exp_avg_sq` of that range, views, absent before the first step; and the moving average
+            of the weights where one is kept.
     """
 
     start: int
@@ -32,11 +34,14 @@ class Partition:
     moments: dict[str, Tensor]
 
 
-def partitions(zero: Any, model: nn.Module) -> dict[str, Partition]:
+def partitions(
+    zero: Any, model: nn.Module, beside: Mapping[str, Sequence[Tensor]] | None = None
+) -> dict[str, Partition]:
     """What this process owns of every trained parameter, by global name.
 
     Args:
         zero: DeepSpeed's ZeRO (or bf16) optimizer.
+        beside: kind → tensors laid out as `flat_masters`, of which the partitions hold views too.
     """
     flats = flat_masters(zero)
     owned = {}
@@ -48,6 +53,7 @@ def partitions(zero: Any, model: nn.Module) -> dict[str, Partition]:
         flat, span = flats[group], slice(at, at + stop - start)
         state = zero.optimizer.state.get(flat, {})
         moments = {key: state[key].view(-1)[span] for key in MOMENTS if key in state}
+        moments |= {kind: tensors[group].view(-1)[span] for kind, tensors in (beside or {}).items()}
         owned[name] = Partition(start, stop, flat.data.view(-1)[span], moments)
     return owned
 

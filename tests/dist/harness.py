@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 #: More would only wait for each other on the two cores that these tests are meant for.
-MAX_RANKS = 4
+MAX_RANKS = 8
 
 #: Imported once by the server; the children are forked with them. hmar_mega.train, which brings Megatron-core, comes
 #: before deepspeed because it silences what the two say while they are imported; pytest, because the children import
@@ -62,7 +62,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     """Call `function(*args)` in `world` processes that RANK, WORLD_SIZE, MASTER_ADDR … make one process group.
 
     Args:
-        world: 1 to 4 processes.
+        world: 1 to 8 processes.
         function: a function at the top of a module; its arguments and result must pickle.
         timeout: seconds until what still runs is killed.
 

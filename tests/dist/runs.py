@@ -57,7 +57,32 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
         2,
         ("parallel.tensor_parallel=2", "parallel.sequence_parallel=true", "parallel.recompute=selective"),
     ),
-}
+    "pipeline2": (2, ("parallel.pipeline_parallel=2", "data.micro_batch_size=2")),
+    "pipeline4": (4, ("parallel.pipeline_parallel=4", "data.micro_batch_size=1")),
+    "pipeline2_virtual2": (
+        2,
+        ("parallel.pipeline_parallel=2", "parallel.virtual_pipeline_parallel=2", "data.micro_batch_size=2"),
+    ),
+    "pipeline2_tensor2": (
+        4,
+        ("parallel.pipeline_parallel=2", "parallel.tensor_parallel=2", "data.micro_batch_size=2"),
+    ),
+    "pipeline2_sequence2_recompute": (
+        4,
+        (
+            "parallel.pipeline_parallel=2", "parallel.tensor_parallel=2", "parallel.sequence_parallel=true",
+            "parallel.recompute=full", "data.micro_batch_size=4",
+        ),
+    ),
+    "pipeline2_data2": (4, ("parallel.pipeline_parallel=2", "data.micro_batch_size=2")),
+    "pipeline2_virtual2_sequence2_data2": (
+        8,
+        (
+            "parallel.pipeline_parallel=2", "parallel.virtual_pipeline_parallel=2", "parallel.tensor_parallel=2",
+            "parallel.sequence_parallel=true", "parallel.recompute=selective", "data.micro_batch_size=2",
+        ),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

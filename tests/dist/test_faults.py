@@ -24,16 +24,16 @@ def poisoned_rank(config: Config, bad_steps: list[int]) -> str:
     from hmar_mega.engine import TrainingError
     from hmar_mega.objective import Objective
 
-    honest = Objective.training
+    honest = Objective.scores
     bad_positions = [(step - 1) * BATCH + 5 for step in bad_steps]
 
-    def training(self, forward, batch):
-        scores = honest(self, forward, batch)
+    def scores_of(self, cross_entropy, batch):
+        scores = honest(self, cross_entropy, batch)
         for position in bad_positions:
             scores.loss.masked_fill_(batch.positions == position, float("nan"))
         return scores
 
-    Objective.training = training
+    Objective.scores = scores_of
     try:
         train_rank(config)
     except TrainingError as err:

@@ -37,6 +37,18 @@ CASES: dict[str, tuple[str, ...]] = {
     "masked": ("stage.name=masked", "model.drop_path_rate=0.4"),
 }
 
+#: Four layers, two of them in the mask branch: of four stages, the first two train nothing but the mask embedding.
+DEEP = ("model.depth=4", "model.mask_layers=2")
+DEEP_CASES: dict[str, tuple[str, ...]] = {
+    "deep": (*DEEP, "model.drop_path_rate=0.4", "stage.label_drop=0.5"),
+    "deep_causal": (*DEEP, "model.attention.pattern=block_causal", "stage.loss_weights=uniform"),
+    "deep_shared_aln": (*DEEP, "model.shared_aln=true"),
+    "deep_masked": (*DEEP, "stage.name=masked", "model.drop_path_rate=0.4"),
+}
+
+#: The next-scale run that a masked one starts from.
+ORIGINS = {"masked": "block_diagonal", "deep_masked": "deep"}
+
 #: Parameters without weight decay, by the end of their name; what has one dimension has none either.
 TABLES = ("pos_start", "pos_embed", "level_embed", "ada_gss")
 
@@ -52,11 +64,12 @@ class Runs:
         return self._uneven if case == "uneven" else self._inputs
 
     def settings(self, case: str) -> tuple[str, ...]:
-        """What the case sets; the masked stage starts from the run `block_diagonal`."""
-        if case != "masked":
-            return CASES[case]
-        self.one_process("block_diagonal")
-        return (*CASES[case], f"run.init_from={self.folder / 'block_diagonal'}")
+        """What the case sets; the masked stage starts from another run."""
+        settings = (CASES | DEEP_CASES)[case]
+        if case not in ORIGINS:
+            return settings
+        self.one_process(ORIGINS[case])
+        return (*settings, f"run.init_from={self.folder / ORIGINS[case]}")
 
     def one_process(self, case: str) -> Outcome:
         if case not in self._made:
@@ -168,6 +181,19 @@ def test_one_process_is_plain_torch(runs, case):
 )  # fmt: skip
 @pytest.mark.parametrize("case", CASES)
 def test_layout_gives_the_run_of_one_process(runs, tmp_path, case, layout):
+    outcome = train(runs.inputs(case), tmp_path / "run", layout, *runs.settings(case))
+    assert_same_run(outcome, runs.one_process(case))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "pipeline2", "pipeline4", "pipeline2_virtual2", "pipeline2_tensor2", "pipeline2_sequence2_recompute",
+        "pipeline2_data2", "pipeline2_virtual2_sequence2_data2",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("case", DEEP_CASES)
+def test_a_pipeline_gives_the_run_of_one_process(runs, tmp_path, case, layout):
     outcome = train(runs.inputs(case), tmp_path / "run", layout, *runs.settings(case))
     assert_same_run(outcome, runs.one_process(case))
 

@@ -3,6 +3,7 @@ refuses to go on."""
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from hmar_mega.batches import BatchPlan
 from hmar_mega.config import Config
 from hmar_mega.config_io import load_config
 from hmar_mega.engine import Engine, _adamw, _deepspeed_config, micro_batch_size
 from hmar_mega.errors import UserError
+from hmar_mega.objective import Scores
 from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.schedules import Schedule
 
@@ -94,7 +97,7 @@ def test_a_batch_below_the_smallest_is_not_answered_with_0():
 
 def test_deepspeed_accumulates_what_the_micro_batches_leave_and_clips():
     settings = _deepspeed_config(config("data.global_batch_size=48", "optim.clip=1.5"), micro=4, accumulation=6)
-    assert settings["train_batch_size"] == 48
+    assert "train_batch_size" not in settings  # the product of the two below and the data-parallel ranks
     assert settings["train_micro_batch_size_per_gpu"] == 4
     assert settings["gradient_accumulation_steps"] == 6
     assert settings["gradient_clipping"] == 1.5
@@ -172,6 +175,9 @@ class StandIn:
     def step(self) -> None:
         self.steps += 1
 
+    def set_train_batch_size(self, images: int) -> None:
+        self.images = images
+
     def get_global_grad_norm(self) -> float | None:
         return self.norm
 
@@ -183,7 +189,16 @@ def engine_with(norm: float | None, schedule: Schedule) -> Engine:
     engine.zero = SimpleNamespace(optimizer=optimizer)
     engine.deepspeed, engine.schedule, engine.step = StandIn(norm), schedule, 0
     engine.skipped = engine.skipped_in_a_row = 0
+    engine.batches, engine._images_at_once = BatchPlan.constant(12), 4
+    engine._pipeline, engine._ema, engine.ema_decay = None, [], None
     return engine
+
+
+class Losses:
+    """An objective in which a batch is its loss."""
+
+    def training(self, forward: object, batch: float) -> Scores:
+        return Scores(torch.tensor([float(batch)]), torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))
 
 
 SCHEDULE = Schedule(
@@ -194,9 +209,17 @@ SCHEDULE = Schedule(
 
 def test_a_step_takes_every_micro_batch_and_gives_the_norm():
     engine = engine_with(0.75, SCHEDULE)
-    assert engine.train_step([1, 2, 3], lambda batch: torch.tensor(float(batch))) == 0.75
+    norm, scored = engine.train_step([1, 2, 3], Losses())
+    assert norm == 0.75
     assert [float(loss) for loss in engine.deepspeed.losses] == [1.0, 2.0, 3.0]
-    assert (engine.deepspeed.steps, engine.step) == (3, 1)
+    assert [float(scores.loss) for scores in scored] == [1.0, 2.0, 3.0]
+    assert (engine.deepspeed.steps, engine.step, engine.deepspeed.images) == (3, 1, 12)
+
+
+def test_a_loss_that_is_not_finite_reaches_the_gradients_as_nan():
+    engine = engine_with(0.75, SCHEDULE)
+    engine.train_step([1, float("inf"), float("nan")], Losses())
+    assert [math.isnan(float(loss)) for loss in engine.deepspeed.losses] == [False, True, True]
 
 
 def test_each_step_has_its_learning_rate_and_only_the_decaying_group_its_weight_decay():
@@ -204,7 +227,7 @@ def test_each_step_has_its_learning_rate_and_only_the_decaying_group_its_weight_
     decaying, other = engine.zero.optimizer.param_groups
     for step in range(3):
         assert engine.learning_rate == 0.125 * step
-        engine.train_step([0], lambda _: torch.zeros(()))
+        engine.train_step([0], Losses())
         assert decaying["lr"] == other["lr"] == 0.125 * step
         assert decaying["weight_decay"] == SCHEDULE.decay(step)
         assert other["weight_decay"] == 0.0
@@ -216,8 +239,8 @@ def test_a_norm_that_is_not_finite_counts_as_a_skipped_step(norm):
     engine = engine_with(norm, SCHEDULE)
     engine.step = 7
     for expected in (1, 2):
-        engine.train_step([0], lambda _: torch.zeros(()))
+        engine.train_step([0], Losses())
         assert (engine.step, engine.skipped, engine.skipped_in_a_row) == (7 + expected, expected, expected)
     engine.deepspeed = StandIn(1.0)
-    engine.train_step([0], lambda _: torch.zeros(()))
+    engine.train_step([0], Losses())
     assert (engine.step, engine.skipped, engine.skipped_in_a_row) == (10, 2, 0)

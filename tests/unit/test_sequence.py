@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ def objective(stage: str, **stage_settings: object) -> tuple[Objective, HMAR]:
     config = tiny_config(stage, drop_path_rate=0.3)
     config = config.model_copy(update={"stage": config.stage.model_copy(update=stage_settings)})
     model = tiny_hmar(config)
-    return Objective(config, MixingCodes(), model.layers, torch.device("cpu")), model
+    return Objective(config, MixingCodes(), torch.device("cpu")), model
 
 
 @pytest.mark.parametrize("stage", ["next_scale", "masked"])
@@ -285,9 +286,9 @@ def test_training_drops_labels_and_paths_while_evaluation_never_does():
     work, model = objective("next_scale", label_drop=1.0)
     seen = []
 
-    def spy(labels: Tensor, given: Tensor, drop_path: Tensor | None = None) -> Tensor:
-        seen.append((labels.tolist(), drop_path))
-        return model(labels, given, drop_path=drop_path)
+    def spy(**inputs: Any) -> Tensor:
+        seen.append((inputs["labels_B"].tolist(), inputs.get("drop_path")))
+        return model(**inputs)
 
     batch = batch_of(4)
     work.training(spy, batch)
