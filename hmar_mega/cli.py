@@ -136,6 +136,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="number format (default: fp32)"
     )
     parser.add_argument("--tokenizer", type=Path, help="folder of the run's tokenizer, if it has moved")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
     parser.add_argument("--allow-unfinished", action="store_true", help="export even if training has not ended")
     parser.set_defaults(run=_run_export)
 
@@ -143,7 +144,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
 def _run_export(args: argparse.Namespace) -> int:
     from hmar_mega.checkpoint.export import export_run
 
-    settings = export_run(args.run_dir, args.out, args.checkpoint, args.dtype, args.allow_unfinished, args.tokenizer)
+    settings = export_run(
+        args.run_dir, args.out, args.checkpoint, args.dtype, args.allow_unfinished, args.tokenizer, args.ema
+    )
     branches = "next-scale and mask branches" if settings["mask_branch"] else "next-scale branch"
     print(f"exported step {settings['trained']['step']} of {args.run_dir} to {args.out}: {branches}, {args.dtype}")
     return 0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hmar_mega.checkpoint.sources import EMA
 from hmar_mega.config import Config
 from hmar_mega.data.reader import check_batch_sizes
 from hmar_mega.errors import UserError
@@ -27,9 +28,6 @@ from hmar_mega.schedules import Schedule
 log = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-#: Kind under which a checkpoint holds the moving average of a weight.
-EMA = "ema"
 
 
 class TrainingError(RuntimeError):
@@ -100,6 +98,7 @@ class Engine:
             self.deepspeed.step()
         else:
             self.deepspeed.set_train_batch_size(len(micro_batches) * self._images_at_once)
+            self.deepspeed.micro_steps = 0  # it ends a step where this counter meets the accumulation
             scored = []
             for batch in micro_batches:
                 scores = objective.training(self.deepspeed, batch)

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hmar_mega.checkpoint.layout import Placement, fragments, placement
-from hmar_mega.checkpoint.sources import BEST, LATEST, CheckpointReader, WeightSource, check_shapes
-from hmar_mega.engine import EMA, Engine
+from hmar_mega.checkpoint.sources import BEST, EMA, LATEST, CheckpointReader, WeightSource, check_shapes
+from hmar_mega.engine import Engine
 from hmar_mega.files import sync_folder, sync_path, write_atomic
 from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.parallel.pipeline import BALLAST

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hmar_mega.checkpoint.sources import LATEST, CheckpointReader, find_checkpoint
+from hmar_mega.checkpoint.sources import EMA, LATEST, CheckpointReader, find_checkpoint
 from hmar_mega.config import Config
 from hmar_mega.config_io import parse_config
 from hmar_mega.errors import UserError
@@ -28,6 +28,7 @@ def export_run(
     dtype: str = "fp32",
     allow_unfinished: bool = False,
     tokenizer_folder: Path | None = None,
+    ema: bool = False,
 ) -> dict[str, Any]:
     """Write the model of a run's checkpoint.
 
@@ -38,6 +39,7 @@ def export_run(
         dtype: `fp32`, `bf16` or `fp16`.
         allow_unfinished: export even if training has not reached its last step.
         tokenizer_folder: of the run's tokenizer; default where the run found it.
+        ema: take the moving average of the weights; what was not trained has none and stays as it is.
 
     Returns:
         The exported config.json.
@@ -68,11 +70,21 @@ def export_run(
             f"{tokenizer_folder} is not the tokenizer of run {run}: fingerprint {tokenizer.fingerprint}, expected "
             f"{state['tokenizer_fingerprint']}; give the one it was trained with: --tokenizer FOLDER"
         )
+    averaged = {name for name in reader.shapes if EMA in reader.kinds(name)}
+    if ema and not averaged:
+        raise UserError(
+            f"checkpoint {folder} holds no moving average: the run was trained without optim.ema_decay; export its "
+            "weights without --ema"
+        )
     settings = export_settings(config, state)
+    if ema:
+        settings["trained"]["ema"] = True
     with new_folder(out) as temporary:
         tensors = {
             # a head's temperature would change by up to 1 % in bf16
-            name: reader.read(name).to(torch.float32 if name.endswith("log_scale") else DTYPES[dtype]).contiguous()
+            name: reader.read(name, kind=EMA if ema and name in averaged else "weight")
+            .to(torch.float32 if name.endswith("log_scale") else DTYPES[dtype])
+            .contiguous()
             for name in reader.shapes
         }
         try:

@@ -36,8 +36,13 @@ def resumable(config: Config, folder: Path, fingerprint: str) -> CheckpointReade
             f"run.dir and give this one as run.init_from={folder}"
         )
     now = config.model_dump(mode="json")
-    for section, key in (("run", "seed"), ("data", "global_batch_size"), ("stage", "mask_input")):
-        _check_same(section, key, stored[section][key], now[section][key], folder)
+    for section, key in (
+        ("run", "seed"),
+        ("data", "global_batch_size"),
+        ("data", "batch_ramp"),
+        ("stage", "mask_input"),
+    ):
+        _check_same(section, key, stored[section].get(key), now[section][key], folder)
     return reader
 
 

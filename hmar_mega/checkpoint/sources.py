@@ -22,6 +22,9 @@ LATEST = "latest"
 BEST = "best"
 CHECKPOINT_FORMAT = 1
 
+#: Kind under which a checkpoint holds the moving average of a weight.
+EMA = "ema"
+
 
 class WeightSource(Protocol):
     """Weights by global name.
