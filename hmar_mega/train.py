@@ -158,7 +158,8 @@ def _assemble(
 ) -> loop.Run:  # fmt: skip
     loader = StreamLoader(
         data, SampleOrder(len(data), config.run.seed), config.data.batch_plan,
-        micro_batch_size(config, dims.data_parallel), dims.dp_rank, dims.data_parallel, start_position=engine.images_seen, workers=config.data.workers,
+        micro_batch_size(config, dims.data_parallel), dims.dp_rank, dims.data_parallel,
+        start_position=engine.images_seen, workers=config.data.workers,
     )  # fmt: skip
     batches, rounds = None, 0
     if validation is not None:

@@ -47,7 +47,7 @@ def run_poisoned(inputs, folder: Path, layout: str, bad_steps: list[int], *overr
     return run_ranks(world, poisoned_rank, config, bad_steps)
 
 
-@pytest.mark.parametrize("layout", ["single", "tensor2", "data2", "data2_zero2", "data2_zero3", "tensor2_data2"])
+@pytest.mark.parametrize("layout", ["single", "tensor2", "data2", "data2_zero2", "data2_zero3", "tensor2_data2", "pipeline2_data2"])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_named(inputs, tmp_path, layout):
     assert set(run_poisoned(inputs, tmp_path / "run", layout, [BAD_STEP])) == {"finished"}
     (row,) = map(json.loads, (tmp_path / "run" / "skipped_steps.jsonl").read_text().splitlines())
