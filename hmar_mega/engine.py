@@ -50,6 +50,11 @@ class Engine:
 
         from hmar_mega.parallel.mpu import MpuAdapter
 
+        if config.precision.compute == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+            raise UserError(
+                f"precision.compute=fp16 is not trained on {dims.device.type}: DeepSpeed has it on GPUs alone; "
+                "use precision.compute=bf16 or fp32"
+            )
         self.model, self.dims, self.schedule = model, dims, schedule
         micro = micro_batch_size(config, dims.data_parallel)
         self.batches = config.data.batch_plan
