@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint
 from hmar_mega.config import Config, TokenizerConfig
-from hmar_mega.config_io import load_config
+from hmar_mega.config_io import config_to_yaml, load_config
 from hmar_mega.data.index import TokenFormat
 from hmar_mega.data.reader import TOKEN_FIELD, npy_bytes
 from hmar_mega.data.writer import open_shards
@@ -116,6 +116,13 @@ def tiny_config(inputs: Inputs, folder: Path, *overrides: str) -> Config:
         f"run.dir={folder}",
     ]  # fmt: skip
     return load_config(None, [*settings, *overrides])
+
+
+def config_file(config: Config) -> str:
+    """A file beside the run directory that the command line can be given for a configuration."""
+    file = Path(f"{config.run.dir}.yaml")
+    file.write_text(config_to_yaml(config))
+    return str(file)
 
 
 def train(inputs: Inputs, folder: Path, layout: str, *overrides: str) -> Outcome:
