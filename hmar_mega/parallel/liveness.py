@@ -57,9 +57,7 @@ class Loss:
 
 
 @contextlib.contextmanager
-def watch_peers(
-    dims: ParallelDims, timeout: float, last_checkpoint: Callable[[], str], leave: Callable[[int], Any] = os._exit
-) -> Iterator[None]:
+def watch_peers(dims: ParallelDims, timeout: float, last_checkpoint: Callable[[], str]) -> Iterator[None]:
     """While the block runs, end this process with a message when another one is lost; collective on entry.
 
     An error of the block itself is raised as it is, and told to the others; one that says only that another process
@@ -68,12 +66,11 @@ def watch_peers(
     Args:
         timeout: seconds without a sign of life; the heartbeat comes every second, or three times in this time.
         last_checkpoint: its name, for the message.
-        leave: ends the process.
     """
     if dims.world_size == 1 or timeout == 0:
         yield
         return
-    watch = _Watch(dims, timeout, last_checkpoint, leave)
+    watch = _Watch(dims, timeout, last_checkpoint)
     try:
         yield
     except BaseException as err:
@@ -91,13 +88,11 @@ def _blames_a_peer(err: BaseException) -> bool:
 class _Watch:
     """This rank's heartbeat and what it knows of the others. Only the heartbeat thread talks to the store."""
 
-    def __init__(
-        self, dims: ParallelDims, timeout: float, last_checkpoint: Callable[[], str], leave: Callable[[int], Any]
-    ) -> None:
+    def __init__(self, dims: ParallelDims, timeout: float, last_checkpoint: Callable[[], str]) -> None:
         self.rank, self.world, self.timeout = dims.rank, dims.world_size, timeout
         self.interval = min(1.0, timeout / 3)
         self.next = (dims.rank + 1) % dims.world_size
-        self.last_checkpoint, self.leave = last_checkpoint, leave
+        self.last_checkpoint = last_checkpoint
         self.loss: Loss | None = None
         self.known = threading.Event()  #: `loss` is set
         self.leaving = threading.Event()  #: the main thread ends by itself
@@ -193,7 +188,9 @@ class _Watch:
         written = threading.Event()
         self._outbox.put((key, value, written))
         self._wake.set()
-        written.wait(2 * self.interval)
+        until = time.monotonic() + 2 * self.interval
+        while not written.wait(0.02) and not self.known.is_set() and time.monotonic() < until:
+            pass
 
     def _write(self) -> None:
         while not self._outbox.empty():
@@ -230,7 +227,7 @@ class _Watch:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
-            self.leave(STOPPED_STATUS if self.loss.stopped else LOST_RANK_STATUS)
+            os._exit(STOPPED_STATUS if self.loss.stopped else LOST_RANK_STATUS)
 
     def _obituary(self, loss: Loss) -> str:
         if loss.stopped:
