@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from harness import run_ranks, shared_memory_names
 from torch import Tensor
@@ -187,3 +192,44 @@ def checkpoint_state(folder: Path, name: str) -> dict[str, object]:
     """`state.json` of one checkpoint of a run."""
     state: dict[str, object] = json.loads((folder / "checkpoints" / name / "state.json").read_text())
     return state
+
+
+class Command:
+    """A training started as a person would start it, and what it prints."""
+
+    def __init__(self, *command: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.printed: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=environment,
+        )  # fmt: skip
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []:
+            child.kill()
+        self.process.kill()
+        self.process.wait()
+
+    def wait_for(self, pattern: str) -> None:
+        """Read on until a line matches."""
+        for line in self.process.stderr:
+            self.printed.append(line)
+            if re.search(pattern, line):
+                return
+        raise AssertionError(f"no line like {pattern}:\n{''.join(self.printed)}")
+
+    def end(self, within: float) -> int:
+        """The exit status, after so many seconds at most."""
+        started = time.monotonic()
+        self.printed += self.process.stderr.readlines()
+        status = self.process.wait()
+        assert time.monotonic() - started < within, "".join(self.printed)
+        return status
+
+    @property
+    def text(self) -> str:
+        return "".join(self.printed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,27 @@ def poisoned_rank(config: Config, bad_steps: list[int], bad: float = math.nan, c
     return "finished"
 
 
+def poisoned_shard_rank(config: Config, step: int) -> str:
+    """Train while the last rank alone, in one step, gets a bad gradient of one of its weights (a shard of one)."""
+    from hmar_mega.objective import Objective
+
+    honest, hooks = Objective.training, []
+
+    def training(self, forward, batch):
+        for hook in hooks:
+            hook.remove()
+        hooks.clear()
+        last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        if last and int(batch.positions.min()) // BATCH == step - 1:
+            weight = max(forward.module.parameters(), key=lambda p: getattr(p, "tensor_model_parallel", False))
+            hooks.append(weight.register_hook(lambda gradient: gradient * math.inf))
+        return honest(self, forward, batch)
+
+    Objective.training = training
+    train_rank(config)
+    return "finished"
+
+
 def run_poisoned(
     inputs, folder: Path, layout: str, bad_steps: list[int], *overrides: str, bad: float = math.nan, cause: str = "loss"
 ) -> list[str]:
@@ -89,6 +111,16 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(inputs, tmp_path
     assert len(set(row["keys"])) == BATCH
     rows = [r for r in read_metrics(tmp_path / "run") if r["kind"] == "train"]
     assert [r["skipped_steps"] for r in rows] == [0, 1, 1, 1, 1, 1]
+    assert all(torch.isfinite(values).all() for values in Outcome.of(tmp_path / "run").tensors.values())
+
+
+@pytest.mark.parametrize("layout", ["tensor2", "data2", "data2_zero2", "data2_zero3", "tensor2_data2"])
+def test_the_bad_gradient_of_one_weight_on_one_rank_is_noticed_by_all(inputs, tmp_path, layout):
+    world, settings = LAYOUTS[layout]
+    config = tiny_config(inputs, tmp_path / "run", *settings, f"optim.max_steps={WHOLE}")
+    run_ranks(world, poisoned_shard_rank, config, BAD_STEP)
+    (row,) = skipped_rows(tmp_path / "run")
+    assert (row["step"], row["cause"]) == (BAD_STEP, "gradient")
     assert all(torch.isfinite(values).all() for values in Outcome.of(tmp_path / "run").tensors.values())
 
 

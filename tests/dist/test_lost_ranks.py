@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 from harness import RanksFailed, run_ranks
-from runs import BATCH, LAYOUTS, Inputs, Outcome, config_file, largest_difference, tiny_config, train, train_rank
+from runs import BATCH, LAYOUTS, Command, Inputs, Outcome, config_file, largest_difference, tiny_config, train, train_rank
 
 from hmar_mega.config import Config
 from hmar_mega.errors import UserError
@@ -150,3 +151,17 @@ def test_another_clock_host_and_number_of_processes_do_not_disturb_a_restart(inp
     assert [k for k, v in Outcome.of(folder).tensors.items() if not torch.equal(v, whole["data2"].tensors[k])] == []
     run_ranks(1, elsewhere_rank, tiny_config(inputs, alone, *SETTINGS))
     assert largest_difference(Outcome.of(alone).weights, whole["data2"].weights) <= 1e-6
+
+
+def test_under_torchrun_the_survivor_names_the_killed_process(inputs, tmp_path):
+    """torchrun sends SIGTERM to the others as soon as one has died; that must not pass for a wish to stop."""
+    endless = ("optim.max_steps=100000", "optim.epochs=100000", "checkpoint.interval=20", "run.peer_timeout=3")
+    file = config_file(tiny_config(inputs, tmp_path / "run", *endless))
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    with Command(*torchrun, "hmar_mega", "train", file) as run:
+        run.wait_for("saved step-00000020")
+        victim = next(p for p in psutil.Process(run.process.pid).children() if p.environ().get("RANK") == "1")
+        victim.kill()
+        assert run.end(within=PROMISED_SECONDS + 2) == 1  # torchrun has one status for all that fails
+    assert re.search(rf"lost rank 1 \(host .*, process {victim.pid}\).*last checkpoint: step-0000", run.text), run.text
+    assert "RuntimeError" not in run.text

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from harness import run_ranks
-from runs import LAYOUTS, Inputs, Outcome, checkpoint_state, config_file, tiny_config, train
+from runs import Command, LAYOUTS, Inputs, Outcome, checkpoint_state, config_file, tiny_config, train
 
 from hmar_mega.checkpoint.sources import find_checkpoint
 from hmar_mega.metrics import read_metrics
@@ -156,47 +153,6 @@ def test_a_grid_cut_short_is_not_written_and_is_made_up_for(inputs, tmp_path, un
     assert_same_run(folder, undisturbed(layout))
 
 
-
-
-class Command:
-    """A training started as a person would start it, and what it prints."""
-
-    def __init__(self, *command: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self.printed: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
-
-    def __enter__(self) -> Command:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for child in psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []:
-            child.kill()
-        self.process.kill()
-        self.process.wait()
-
-    def wait_for(self, pattern: str) -> None:
-        """Read on until a line matches."""
-        for line in self.process.stderr:
-            self.printed.append(line)
-            if re.search(pattern, line):
-                return
-        raise AssertionError(f"no line like {pattern}:\n{''.join(self.printed)}")
-
-    def end(self, within: float) -> int:
-        """The exit status, after so many seconds at most."""
-        started = time.monotonic()
-        self.printed += self.process.stderr.readlines()
-        status = self.process.wait()
-        assert time.monotonic() - started < within, "".join(self.printed)
-        return status
-
-    @property
-    def text(self) -> str:
-        return "".join(self.printed)
 
 
 LONG = ("optim.max_steps=100000", "optim.epochs=100000", "checkpoint.interval=1000000", "eval.interval=1000000")
