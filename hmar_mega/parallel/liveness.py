@@ -86,7 +86,7 @@ def _blames_a_peer(err: BaseException) -> bool:
 
 
 class _Watch:
-    """This rank's heartbeat and what it knows of the others. Only the heartbeat thread talks to the store."""
+    """This rank's heartbeat and what it knows of the others. The heartbeat thread alone waits for the store."""
 
     def __init__(self, dims: ParallelDims, timeout: float, last_checkpoint: Callable[[], str]) -> None:
         self.rank, self.world, self.timeout = dims.rank, dims.world_size, timeout
@@ -111,7 +111,8 @@ class _Watch:
             self.store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
         self.store.set(f"who/{self.rank}", me)
         self._answered = time.monotonic()  #: when the store did last
-        threading.Thread(target=self._live, name="hmar-heartbeat", daemon=True).start()
+        self._heart = threading.Thread(target=self._live, name="hmar-heartbeat", daemon=True)
+        self._heart.start()
         if self.rank > 0:
             threading.Thread(target=self._watch_store, name="hmar-watch", daemon=True).start()
 
@@ -121,7 +122,7 @@ class _Watch:
         self._tell(f"done/{self.rank}", "")
         if self.rank == 0:
             self._serve("finished", self.world, self.timeout)
-        self._stop.set()
+        self._close()
 
     def failed(self, err: BaseException) -> None:
         """The block raised: end the process here if another one is to blame, else tell the others why this one goes."""
@@ -135,7 +136,12 @@ class _Watch:
         self._tell("lost", json.dumps(asdict(own)))
         if self.rank == 0:
             self._serve("seen", self.world, 3 * self.interval)
+        self._close()
+
+    def _close(self) -> None:
         self._stop.set()
+        self._wake.set()
+        self._heart.join(self.interval)
 
     def _live(self) -> None:
         """The heartbeat thread."""
@@ -166,7 +172,7 @@ class _Watch:
     def _watch_store(self) -> None:
         """The second thread: the first one may hang in the store of a rank 0 that is silent."""
         silent, before = 0.0, time.monotonic()
-        while not self.known.wait(self.interval):
+        while not self.known.wait(self.interval) and not self._stop.is_set():
             now = time.monotonic()
             silent = 0.0 if now - self._answered < 2 * self.interval else silent + min(now - before, 2 * self.interval)
             before = now
