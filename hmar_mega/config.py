@@ -359,6 +359,9 @@ class RunConfig(Section):
     init_from: str | None = Field(None, description="run, checkpoint or exported model whose weights to start from")
     new_classes: bool = Field(False, description="start the class table afresh: fine-tuning on other classes")
     resume_from: str | None = Field(None, description="a checkpoint's name, such as step-00001000; default the latest")
+    peer_timeout: float = Field(
+        60, ge=0, description="seconds without a sign of life after which a process is given up as lost; 0 never"
+    )
     resume: bool = Field(True, description="continue when the run directory already has a checkpoint")
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +21,10 @@ from hmar_mega.config import Config
 from hmar_mega.data.reader import StreamLoader
 from hmar_mega.engine import Engine, TrainingError
 from hmar_mega.flops import device_peak, train_flops_per_image
+from hmar_mega.interrupts import Stop, StopRequest
 from hmar_mega.metrics import MetricsLog
 from hmar_mega.objective import Objective, TokenBatch, per_scale_sums
+from hmar_mega.parallel.agreement import Agreement
 from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.parallel.pipeline import PipelineModel
 from hmar_mega.progress import track
@@ -36,16 +38,17 @@ SKIPPED_FILE = "skipped_steps.jsonl"
 class Sampler(Protocol):
     """Draws the sample grid of a step into a file."""
 
-    def __call__(self, path: Path) -> None:
-        """Sample with the run's fixed seeds and write a PNG."""
+    def __call__(self, path: Path, after_scale: Callable[[], None]) -> None:
+        """Sample with the run's fixed seeds and write a PNG; `after_scale` is called after each scale and may raise."""
 
 
 @dataclass
 class Progress:
-    """What the loop remembers besides weights: the best validation loss, and the step last saved."""
+    """What the loop remembers besides weights: the best validation loss, the step last saved, an evaluation put off."""
 
     best_loss: float = float("inf")
     saved_step: int = -1
+    evaluation_due: bool = False
 
 
 @dataclass
@@ -59,7 +62,8 @@ class Run:
     objective: Objective
     loader: StreamLoader
     validation: Any  #: () → iterable of TokenBatch, or None
-    validation_rounds: int  #: forwards that every rank makes in a validation, see `validation_losses`
+    validation_rounds: int  #: batches of the rank that has most of them in a validation
+    agreement: Agreement  #: whether the ranks stop
     sampler: Sampler | None
     last_step: int
     state: dict[str, Any]  #: what every checkpoint's state.json records
@@ -81,24 +85,33 @@ class Window:
 
 
 def train(run: Run) -> None:
-    """Train from `run.engine.step` to `run.last_step`."""
+    """Train from `run.engine.step` to `run.last_step`, or until the ranks agree to stop: then save what was done."""
     run.engine.model.train()
-    with track("training", run.last_step, enabled=run.dims.is_main, start=run.engine.step) as bar:
-        window = _open_window(run)
-        while run.engine.step < run.last_step:
-            window = _step(run, window)
-            bar.advance()
+    try:
+        run.agreement.check()  # asked while the run was set up: nothing is new, so nothing need be saved
+        if run.progress.evaluation_due:
+            _evaluate(run)
+        with track("training", run.last_step, enabled=run.dims.is_main, start=run.engine.step) as bar:
+            window = _open_window(run)
+            while run.engine.step < run.last_step:
+                window = _step(run, window)
+                bar.advance()
+    except StopRequest:
+        if run.dims.is_main:
+            log.info("stopped at step %d as asked; start the same command again to go on", run.engine.step)
 
 
 def _step(run: Run, window: Window) -> Window:
     """One optimizer step and what is due after it; returns the window of the next log line."""
     config, engine = run.config, run.engine
+    run.agreement.begin()
     lr = engine.learning_rate
     batches = next(run.loader)
     window.waited += run.loader.wait_seconds
 
     window.grad_norm, scored = engine.train_step(batches, run.objective)
     losses = torch.stack([s.loss.detach().mean().double() for s in scored]) if scored else window.loss.new_zeros(0)
+    stop = run.agreement.end()
     if engine.skipped_in_a_row:
         _record_skipped(run, batches, losses)
     else:
@@ -113,9 +126,11 @@ def _step(run: Run, window: Window) -> Window:
         following = _open_window(run)
     paused = time.perf_counter()
     if step % config.eval.interval == 0 or done:
-        _evaluate(run)
-    if step % config.checkpoint.interval == 0 or done:
+        stop = _evaluate_unless(stop, run)
+    if step % config.checkpoint.interval == 0 or done or stop is not Stop.NONE:
         _save(run)
+    if stop is not Stop.NONE:
+        raise StopRequest(stop)
     following.started += time.perf_counter() - paused  # rates speak of training alone
     return following
 
@@ -198,30 +213,64 @@ def _log_line(run: Run, window: Window, lr: float) -> None:
     )  # fmt: skip
 
 
+def _evaluate_unless(stop: Stop, run: Run) -> Stop:
+    """Evaluate, unless the ranks stop before or meanwhile: then it is due when the run goes on. Gives why they stop."""
+    run.progress.evaluation_due = True
+    if stop is Stop.NONE:
+        try:
+            _evaluate(run)
+        except StopRequest as request:
+            return request.stop
+    return stop
+
+
 def _evaluate(run: Run) -> None:
-    """Validation losses, the best checkpoint and the sample grid."""
-    model, step = run.engine.model, run.engine.step
+    """Validation losses, the sample grid and the best checkpoint; nothing is recorded where the ranks stop meanwhile.
+
+    Raises:
+        StopRequest: between validation batches and between scales.
+    """
+    model, check = run.engine.model, run.agreement.check
     model.eval()
+    losses = None
     if run.validation is not None:
-        losses = validation_losses(run.objective, model, run.validation(), run.dims, run.validation_rounds)
-        if run.metrics is not None:
-            run.metrics.write("val", step, losses)
-            log.info(
-                "step %d | validation: all scales %.4f, last scale %.4f",
-                step,
-                losses["all_scales"],
-                losses["last_scale"],
-            )
-        if losses["all_scales"] < run.progress.best_loss:
-            run.progress.best_loss = losses["all_scales"]
-            checkpoint = _save(run)
-            if run.dims.is_main:
-                point_to(run.folder, BEST, checkpoint)
-    # under ZeRO-3 every rank holds a part of each weight, so all of them sample
-    if run.sampler is not None and (run.dims.dp_rank == 0 or run.engine.zero_stage == 3):
-        with run.engine.tables():
-            run.sampler(run.folder / "grids" / f"step-{step:08d}.png")
+        padded = run.engine.zero_stage == 3
+        losses = validation_losses(
+            run.objective, model, run.validation(), run.dims, run.validation_rounds, padded, check
+        )
+    if run.sampler is not None:
+        # under ZeRO-3 every rank holds a part of each weight, so all of them sample
+        if run.dims.dp_rank == 0 or run.engine.zero_stage == 3:
+            with run.engine.tables():
+                run.sampler(grid_path(run), check)
+        else:
+            for _ in range(run.objective.schedule.num_scales):
+                check()
+    if losses is not None:
+        _record_validation(run, losses)
+    run.progress.evaluation_due = False
     model.train()
+
+
+def grid_path(run: Run) -> Path:
+    """The file of this step's sample grid."""
+    return run.folder / "grids" / f"step-{run.engine.step:08d}.png"
+
+
+def _record_validation(run: Run, losses: dict[str, Any]) -> None:
+    """A line, a row of figures, and the checkpoint when it is the best so far."""
+    step = run.engine.step
+    if run.metrics is not None:
+        run.metrics.write("val", step, losses)
+        log.info(
+            "step %d | validation: all scales %.4f, last scale %.4f", step, losses["all_scales"], losses["last_scale"]
+        )
+    if losses["all_scales"] < run.progress.best_loss:
+        run.progress.best_loss = losses["all_scales"]
+        run.progress.evaluation_due = False
+        checkpoint = _save(run)
+        if run.dims.is_main:
+            point_to(run.folder, BEST, checkpoint)
 
 
 def validation_losses(
@@ -229,23 +278,30 @@ def validation_losses(
     model: torch.nn.Module,
     batches: Iterable[TokenBatch],
     dims: ParallelDims,
-    rounds: int = 0,
+    rounds: int,
+    padded: bool,
+    after_batch: Callable[[], None],
 ) -> dict[str, Any]:
     """Mean cross-entropy in nats per token over all scales, at the last scale and at each; collective.
 
     In stage 2 the tokens are those that the mask leaves to predict; a scale without any counts nothing.
 
     Args:
-        rounds: forwards to make at least. ZeRO-3 gathers weights in every forward, so all ranks must make equally
-            many: what is missing is made with the last batch and not counted.
+        rounds: batches of the rank that has most of them.
+        padded: whether all ranks make equally many forwards, as ZeRO-3 needs, which gathers weights in each: what is
+            missing is made with the last batch and not counted.
+        after_batch: called equally often on every rank; what it raises ends the validation.
     """
     sums = torch.zeros(2, objective.schedule.num_scales, dtype=torch.float64, device=dims.device)
-    done = 0
-    for batch in batches:
-        sums += _batch_sums(objective, model, batch)
-        done += 1
-    for _ in range(done, rounds):
-        _batch_sums(objective, model, batch)
+    own = iter(batches)
+    for _ in range(rounds):
+        following = next(own, None)
+        if following is not None:
+            batch = following
+            sums += _batch_sums(objective, model, batch)
+        elif padded:
+            _batch_sums(objective, model, batch)
+        after_batch()
     dist.all_reduce(sums)
     totals, counts = sums.tolist()
     scales = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
@@ -275,6 +331,7 @@ def _save(run: Run) -> Path:
         "finished": run.engine.step == run.last_step,
         "best_loss": run.progress.best_loss if run.progress.best_loss < float("inf") else None,
         "stream": run.loader.state(),
+        "evaluation_due": run.progress.evaluation_due,
     }
     folder = save_checkpoint(run.folder, run.engine, state, run.config.checkpoint.keep_last)
     run.progress.saved_step = run.engine.step

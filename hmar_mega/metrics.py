@@ -27,9 +27,7 @@ class MetricsLog:
 
     def __init__(self, run: Path, config: Config, resumed_step: int) -> None:
         self._path = run / "metrics.jsonl"
-        if self._path.exists():
-            kept = [r for r in read_metrics(run) if r["step"] <= resumed_step]
-            write_atomic(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+        drop_rows_after(self._path, resumed_step)
         self._file = self._path.open("a")
         self._tensorboard: Any = None
         if config.logging.tensorboard:
@@ -60,12 +58,23 @@ class MetricsLog:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    return _read_rows(run / "metrics.jsonl")
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Take the rows of later steps out of a file of JSON lines, if it exists: those steps are run again."""
+    if path.exists():
+        kept = [row for row in _read_rows(path) if row["step"] <= step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            log.warning("metrics.jsonl of %s has a line cut short; it is left out", run)
+            log.warning("%s of %s has a line cut short; it is left out", path.name, path.parent)
     return rows
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from hmar_mega import loop
 from hmar_mega.checkpoint.canonical import load_optimizer, load_weights
-from hmar_mega.checkpoint.resume import check_origin, resumable
+from hmar_mega.checkpoint.resume import check_origin, last_checkpoint_name, resumable
 from hmar_mega.checkpoint.sources import CheckpointReader, open_weights
 from hmar_mega.config import Config
 from hmar_mega.config_io import config_to_yaml
@@ -28,13 +28,17 @@ from hmar_mega.engine import Engine, micro_batch_size
 from hmar_mega.errors import UserError
 from hmar_mega.files import check_writable, write_atomic
 from hmar_mega.inference.grid import GridSampler
-from hmar_mega.metrics import MetricsLog, require_wandb
+from hmar_mega.interrupts import Interrupts
+from hmar_mega.metrics import MetricsLog, drop_rows_after, read_metrics, require_wandb
 from hmar_mega.model.hmar import HMAR, mask_branch_names
 from hmar_mega.model.layers_mcore import McoreLayers
 from hmar_mega.model.stage import Stage, split_layers
 from hmar_mega.objective import Objective
+from hmar_mega.parallel.agreement import Agreement
 from hmar_mega.parallel.dims import ParallelDims, parallel_world
+from hmar_mega.parallel.liveness import watch_peers
 from hmar_mega.parallel.pipeline import PipelineModel
+from hmar_mega.run_lock import run_lock
 from hmar_mega.schedules import Schedule
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 from hmar_mega.versions import git_revision, installed_versions
@@ -44,8 +48,11 @@ log = logging.getLogger(__name__)
 MAX_EVAL_SAMPLES = 50_000
 
 
-def train_from_config(config: Config) -> Path:
+def train_from_config(config: Config, interrupts: Interrupts | None = None) -> Path:
     """Train as `config` says, in every process that torchrun started.
+
+    Args:
+        interrupts: signals that ask the run to save and stop; its `status` then says how. Default none.
 
     Returns:
         The run directory.
@@ -62,22 +69,31 @@ def train_from_config(config: Config) -> Path:
     if validation is not None:
         _check_classes(config, data, validation)
     config = _with_resolved(config, tokenizer)
-    reader = resumable(config, folder, tokenizer.fingerprint)
-    if reader is None:
+    if resumable(config, folder, tokenizer.fingerprint) is None:
         check_origin(config, tokenizer.fingerprint)
-    with parallel_world(config) as dims:
+    with (
+        parallel_world(config) as dims,
+        watch_peers(dims, config.run.peer_timeout, lambda: last_checkpoint_name(folder)),
+        run_lock(folder, dims),
+    ):
+        reader = resumable(config, folder, tokenizer.fingerprint)  # again, now that nobody else writes there
         schedule = Schedule.of(config, len(data))
         plan = config.data.batch_plan
         last_step = plan.steps_for(schedule.total_steps * plan.full)
         last_step = min(last_step, config.optim.max_steps or last_step)
         tokenizer = tokenizer.to(dims.device)
         engine, start, best = _build_engine(config, folder, dims, schedule, reader)
-        run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step)
+        agreement = Agreement(interrupts or Interrupts(), dims)
+        run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step, agreement)
         run.progress.best_loss = best
         if dims.is_main and engine.step < last_step:
             _write_run_files(config, folder, run.state)
         if dims.is_main:
             run.metrics = MetricsLog(folder, config, start)
+            drop_rows_after(folder / loop.SKIPPED_FILE, start)
+        if reader is not None:
+            run.progress.saved_step = start
+            run.progress.evaluation_due = _evaluation_due(run, reader)
         dist.barrier()
         with contextlib.closing(run.metrics) if run.metrics is not None else contextlib.nullcontext():
             if engine.step >= last_step and dims.is_main:
@@ -85,6 +101,20 @@ def train_from_config(config: Config) -> Path:
             loop.train(run)
         run.loader.close()
     return folder
+
+
+def _evaluation_due(run: loop.Run, reader: CheckpointReader) -> bool:
+    """Whether the evaluation of the checkpoint's step was put off and not made up for; the same on all ranks."""
+    if not reader.state.get("evaluation_due"):
+        return False
+    due = [False]
+    if run.dims.is_main and run.validation is not None:
+        rows = read_metrics(run.folder)
+        due = [not any(row["kind"] == "val" and row["step"] == run.engine.step for row in rows)]
+    elif run.dims.is_main and run.sampler is not None:
+        due = [not loop.grid_path(run).exists()]
+    dist.broadcast_object_list(due, src=0)
+    return due[0]
 
 
 def build_model(config: Config, layers: Any, stage: Stage | None = None) -> HMAR:
@@ -154,7 +184,7 @@ def _initialise(model: HMAR | PipelineModel, config: Config, dims: ParallelDims)
 
 def _assemble(
     config: Config, folder: Path, dims: ParallelDims, engine: Engine, tokenizer: MultiScaleVQVAE,
-    data: ShardReader, validation: ShardReader | None, last_step: int,
+    data: ShardReader, validation: ShardReader | None, last_step: int, agreement: Agreement,
 ) -> loop.Run:  # fmt: skip
     loader = StreamLoader(
         data, SampleOrder(len(data), config.run.seed), config.data.batch_plan,
@@ -167,18 +197,17 @@ def _assemble(
         batches = functools.partial(
             eval_batches, validation, config.eval.batch_size, dims.dp_rank, dims.data_parallel, limit
         )
-        if config.parallel.zero_stage == 3:
-            if limit < dims.data_parallel:
-                raise UserError(
-                    f"{limit} validation samples are fewer than the {dims.data_parallel} data-parallel processes, each "
-                    "of which needs one under zero_stage=3; raise eval.num_samples or use zero_stage=2"
-                )
-            rounds = math.ceil(math.ceil(limit / dims.data_parallel) / config.eval.batch_size)
+        if config.parallel.zero_stage == 3 and limit < dims.data_parallel:
+            raise UserError(
+                f"{limit} validation samples are fewer than the {dims.data_parallel} data-parallel processes, each "
+                "of which needs one under zero_stage=3; raise eval.num_samples or use zero_stage=2"
+            )
+        rounds = math.ceil(math.ceil(limit / dims.data_parallel) / config.eval.batch_size)
     model: Any = engine.model
     return loop.Run(
         config=config, folder=folder, dims=dims, engine=engine,
         objective=Objective(config, tokenizer.quantizer, dims.device),
-        loader=loader, validation=batches, validation_rounds=rounds,
+        loader=loader, validation=batches, validation_rounds=rounds, agreement=agreement,
         sampler=GridSampler(model, tokenizer, config, dims.is_main) if config.eval.grid_count else None,
         last_step=last_step,
         state={

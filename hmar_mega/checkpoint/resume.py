@@ -46,6 +46,12 @@ def resumable(config: Config, folder: Path, fingerprint: str) -> CheckpointReade
     return reader
 
 
+def last_checkpoint_name(folder: Path) -> str:
+    """Of the checkpoint a run would go on from; `none` when it would start."""
+    checkpoint = find_checkpoint(folder, LATEST)
+    return "none" if checkpoint is None else checkpoint.name
+
+
 def check_origin(config: Config, fingerprint: str) -> None:
     """Refuse a `run.init_from` that is missing or was trained on another tokenizer's tokens."""
     if config.run.init_from is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,9 +35,11 @@ class GridSampler:
             config.eval.cfg_scale, config.eval.top_k, config.eval.top_p, passes, 0.0, config.stage.mask_input
         )
 
-    def __call__(self, path: Path) -> None:
-        """Sample and write the grid as a PNG."""
-        _, f_hat = generate_tokens(self.model, self.tokenizer.quantizer, self.labels, self.seeds, self.settings)
+    def __call__(self, path: Path, after_scale: Callable[[], None]) -> None:
+        """Sample and write the grid as a PNG; what `after_scale` raises ends it before anything is written."""
+        _, f_hat = generate_tokens(
+            self.model, self.tokenizer.quantizer, self.labels, self.seeds, self.settings, after_scale=after_scale
+        )
         if self.writes:
             with torch.inference_mode():
                 images = self.tokenizer.decode(f_hat)
