@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hmar_mega.checkpoint.canonical import point_to, save_checkpoint, step_name
-from hmar_mega.checkpoint.sources import BEST
+from hmar_mega.checkpoint.saver import CheckpointSaver, Outcome
 from hmar_mega.config import Config
 from hmar_mega.data.reader import StreamLoader
 from hmar_mega.engine import Engine, TrainingError
@@ -41,9 +40,10 @@ class Sampler(Protocol):
 
 @dataclass
 class Progress:
-    """What the loop remembers besides weights: the best validation loss, and the step last saved."""
+    """What the loop remembers besides weights: the best validation loss, the one before it, and the step last saved."""
 
     best_loss: float = float("inf")
+    best_before: float = float("inf")
     saved_step: int = -1
 
 
@@ -62,6 +62,7 @@ class Run:
     sampler: Sampler | None
     last_step: int
     state: dict[str, Any]  #: what every checkpoint's state.json records
+    saver: CheckpointSaver
     metrics: MetricsLog | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -80,13 +81,18 @@ class Window:
 
 
 def train(run: Run) -> None:
-    """Train from `run.engine.step` to `run.last_step`."""
+    """Train from `run.engine.step` to `run.last_step`.
+
+    Raises:
+        TrainingError: when too many steps in a row are not finite, or the last checkpoint cannot be written.
+    """
     run.engine.model.train()
     with track("training", run.last_step, enabled=run.dims.is_main, start=run.engine.step) as bar:
         window = _open_window(run)
         while run.engine.step < run.last_step:
             window = _step(run, window)
             bar.advance()
+    _finish(run)
 
 
 def _step(run: Run, window: Window) -> Window:
@@ -188,6 +194,7 @@ def _log_line(run: Run, window: Window, lr: float) -> None:
         "images_per_second": window.images / seconds,
         "data_wait": window.waited / seconds,
         "skipped_steps": engine.skipped,
+        "failed_saves": run.saver.failed_saves,
     }
     if config.precision.compute == "fp16":
         values["loss_scale"] = engine.loss_scale
@@ -221,11 +228,10 @@ def _evaluate(run: Run) -> None:
                 losses["all_scales"],
                 losses["last_scale"],
             )
+        _settle(run)
         if losses["all_scales"] < run.progress.best_loss:
-            run.progress.best_loss = losses["all_scales"]
-            checkpoint = _save(run)
-            if run.dims.is_main:
-                point_to(run.folder, BEST, checkpoint)
+            run.progress.best_before, run.progress.best_loss = run.progress.best_loss, losses["all_scales"]
+            _save(run, best=True)
     # under ZeRO-3 every rank holds a part of each weight, so all of them sample
     if run.sampler is not None and (run.dims.dp_rank == 0 or run.engine.zero_stage == 3):
         with run.engine.tables():
@@ -265,21 +271,43 @@ def validation_losses(
     }
 
 
-def _save(run: Run) -> Path:
-    """Write the checkpoint of this step, unless it was written a moment ago for being the best."""
-    name = run.folder / "checkpoints" / step_name(run.engine.step)
+def _save(run: Run, best: bool = False) -> None:
+    """Begin to write the checkpoint of this step, unless that was done a moment ago for being the best."""
     if run.progress.saved_step == run.engine.step:
-        return name
-    batch = run.config.data.global_batch_size
+        return
+    _settle(run)
+    loss = run.progress.best_loss
     state = {
         **run.state,
-        "images_seen": run.engine.step * batch,
+        "images_seen": run.engine.step * run.config.data.global_batch_size,
         "finished": run.engine.step == run.last_step,
-        "best_loss": run.progress.best_loss if run.progress.best_loss < float("inf") else None,
+        "best_loss": loss if loss < float("inf") else None,
         "stream": run.loader.state(),
     }
-    folder = save_checkpoint(run.folder, run.engine, state, run.config.checkpoint.keep_last)
+    run.saver.save(state, best)
     run.progress.saved_step = run.engine.step
-    if run.dims.is_main:
-        log.info("step %d | saved %s", run.engine.step, folder.name)
-    return folder
+
+
+def _settle(run: Run) -> Outcome | None:
+    """Wait for the save under way. Where the best checkpoint could not be written, the one before is still the best."""
+    outcome = run.saver.wait()
+    if outcome is not None and outcome.error is not None and outcome.best:
+        run.progress.best_loss = run.progress.best_before
+    return outcome
+
+
+def _finish(run: Run) -> None:
+    """Wait for the last checkpoint, without which a run is not finished; what failed is tried once more."""
+    hoped = run.progress.best_loss
+    outcome = _settle(run)
+    if outcome is None or outcome.error is None:
+        return
+    run.progress.saved_step = -1
+    run.progress.best_loss = hoped
+    _save(run, outcome.best)
+    outcome = _settle(run)
+    if outcome is not None and outcome.error is not None:
+        raise TrainingError(
+            f"training reached step {run.last_step}, but its checkpoint could not be written: {outcome.error}. Make "
+            "room and start the run again: it goes on from the last good checkpoint"
+        )
