@@ -119,4 +119,4 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous float32 CPU tensor."""
     if tensor.dtype != torch.float32 or not tensor.is_contiguous():
         raise ValueError(f"a contiguous float32 tensor is needed, not {tensor.dtype}")
-    return memoryview(tensor.detach().view(-1).numpy()).cast("B") if tensor.numel() else memoryview(b"")
+    return tensor.detach().view(-1).numpy().data.cast("B") if tensor.numel() else memoryview(b"")
