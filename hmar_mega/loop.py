@@ -45,6 +45,7 @@ class Progress:
     best_loss: float = float("inf")
     best_before: float = float("inf")
     saved_step: int = -1
+    settled: Outcome | None = None  #: of the last save whose end was heard of
 
 
 @dataclass
@@ -151,8 +152,11 @@ def _record_skipped(run: Run, batches: Sequence[TokenBatch], losses: Tensor) -> 
         cause = "gradient" if all(f for *_, f in parts) else "loss"
         positions, keys = zip(*samples, strict=True)
         row = {"step": engine.step, "cause": cause, "positions": positions, "keys": keys}
-        with (run.folder / SKIPPED_FILE).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with (run.folder / SKIPPED_FILE).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as err:
+            log.warning("%s cannot be written (%s): %s", run.folder / SKIPPED_FILE, err.strerror, json.dumps(row))
         log.warning(
             "step %d | %s not finite: step skipped (%d in all, %d in a row, at most %d), its samples are in %s",
             engine.step, cause, engine.skipped, engine.skipped_in_a_row, limit, SKIPPED_FILE,
@@ -274,6 +278,8 @@ def validation_losses(
 def _save(run: Run, best: bool = False) -> None:
     """Begin to write the checkpoint of this step, unless that was done a moment ago for being the best."""
     if run.progress.saved_step == run.engine.step:
+        if best:
+            run.saver.mark_best()
         return
     _settle(run)
     loss = run.progress.best_loss
@@ -291,8 +297,9 @@ def _save(run: Run, best: bool = False) -> None:
 def _settle(run: Run) -> Outcome | None:
     """Wait for the save under way. Where the best checkpoint could not be written, the one before is still the best."""
     outcome = run.saver.wait()
-    if outcome is not None and outcome.error is not None and outcome.best:
+    if outcome is not None and outcome is not run.progress.settled and outcome.error is not None and outcome.best:
         run.progress.best_loss = run.progress.best_before
+    run.progress.settled = outcome
     return outcome
 
 
@@ -308,6 +315,6 @@ def _finish(run: Run) -> None:
     outcome = _settle(run)
     if outcome is not None and outcome.error is not None:
         raise TrainingError(
-            f"training reached step {run.last_step}, but its checkpoint could not be written: {outcome.error}. Make "
+            f"training reached step {run.engine.step}, but its checkpoint could not be written: {outcome.error}. Make "
             "room and start the run again: it goes on from the last good checkpoint"
         )

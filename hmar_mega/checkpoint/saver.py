@@ -25,9 +25,9 @@ from torch import Tensor
 
 from hmar_mega.checkpoint.canonical import own_tensors
 from hmar_mega.checkpoint.checksums import sha256_of, write_sums
-from hmar_mega.checkpoint.folders import abandon, commit, open_folder, prune, step_name
+from hmar_mega.checkpoint.folders import abandon, commit, open_folder, point_to, prune, step_name
 from hmar_mega.checkpoint.shards import write_shard
-from hmar_mega.checkpoint.sources import CHECKPOINT_FORMAT, JSON_FILES, find_checkpoint
+from hmar_mega.checkpoint.sources import BEST, CHECKPOINT_FORMAT, JSON_FILES, find_checkpoint
 from hmar_mega.config import CheckpointConfig
 from hmar_mega.engine import Engine
 from hmar_mega.errors import UserError
@@ -138,6 +138,17 @@ class CheckpointSaver:
             crash, self._crash = self._crash, None
             raise crash
         return self._outcome
+
+    def mark_best(self) -> None:
+        """Move `best` to the checkpoint of the present step, which has been saved or resumed from."""
+        outcome = self.wait()
+        if self.engine.dims.is_main and (outcome is None or outcome.error is None):
+            checkpoint = self.run / "checkpoints" / step_name(self.engine.step)
+            try:
+                if checkpoint.is_dir():
+                    point_to(self.run, BEST, checkpoint)
+            except UserError as err:
+                log.error("step %d | %s is not marked as the best: %s", self.engine.step, checkpoint.name, err)
 
     def close(self) -> None:
         """Let a save that is under way end, also when training ends by an error that must not be hidden."""
