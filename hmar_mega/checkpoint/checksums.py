@@ -57,7 +57,8 @@ def read_sums(folder: Path) -> dict[str, str] | None:
             f"{path} cannot be read ({err}): the checkpoint is damaged; pick another one of its run"
         ) from None
     sums = {}
-    for line in text.splitlines():
+    *lines, rest = text.split("\n")
+    for line in [*lines, rest] if rest else lines:
         match = _LINE.fullmatch(line)
         if match is None:
             raise UserError(f"{path} is damaged: its line {line!r} is no checksum; pick another checkpoint of the run")
@@ -90,8 +91,9 @@ def find_damage(
             actual = sha256_of(folder / name, advance)
         except OSError as err:
             actual = f"nothing ({err.strerror})"
-        if actual != sums[name]:
-            damage.append(Damage(name, sums[name], actual))
+        expected = sums.get(name, "(none is listed)")
+        if actual != expected:
+            damage.append(Damage(name, expected, actual))
     return damage
 
 

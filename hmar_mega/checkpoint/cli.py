@@ -17,6 +17,9 @@ from hmar_mega.parsers import add_command
 if TYPE_CHECKING:
     from hmar_mega.checkpoint.sources import CheckpointReader
 
+#: What verification says of format 1.
+UNVERIFIED = "files are complete; it has no checksums (format 1), so their content is not verified"
+
 
 def add_checkpoint_parser(subparsers: Any) -> None:
     """Add `checkpoint` and its commands to the sub-parsers of `hmar-mega`; each sets `run`."""
@@ -78,8 +81,8 @@ def _add_convert(commands: Any) -> None:
         commands,
         "convert",
         "rewrite a checkpoint into evenly sized files, or its weights alone",
-        "Rewrite a checkpoint piece by piece, never holding more than a few megabytes of it. The result is a checkpoint\n"
-        "that any layout trains on from: put it into the `checkpoints` folder of a run directory and name it with\n"
+        "Rewrite a checkpoint piece by piece, never holding more than a few megabytes of it. The result is one that\n"
+        "any layout trains on from: put it into the `checkpoints` folder of a run directory and name it with\n"
         "run.resume_from. With --weights-only a new run can start from it (run.init_from=OUT).",
         "  hmar-mega checkpoint convert runs/a runs/b/checkpoints/step-00001000 --files 8\n"
         "  hmar-mega checkpoint convert runs/a/checkpoints/best weights --weights-only",
@@ -107,31 +110,19 @@ def _run_verify(args: argparse.Namespace) -> int:
     for checkpoint in _checkpoints_at(args.path):
         try:
             sums = read_sums(checkpoint)
+            total = sum((checkpoint / name).stat().st_size for name in sums or () if (checkpoint / name).is_file())
+            with track(f"hashing {checkpoint.name}", total, enabled=sums is not None) as tally:
+                damage = find_damage(checkpoint, sums or {}, advance=tally.advance)
+            if not damage:
+                _open(checkpoint).check_files()
         except UserError as err:
             print(f"{checkpoint.name}: DAMAGED\n  {err}")
             damaged += 1
             continue
-        if sums is None:
-            damaged += _verify_without_sums(checkpoint)
-            continue
-        total = sum((checkpoint / name).stat().st_size for name in sums if (checkpoint / name).is_file())
-        with track(f"hashing {checkpoint.name}", total) as tally:
-            damage = find_damage(checkpoint, sums, advance=tally.advance)
         damaged += bool(damage)
-        word = "DAMAGED" if damage else f"whole, {len(sums)} files, {_size(total)}"
+        word = "DAMAGED" if damage else f"whole, {len(sums)} files, {_size(total)}" if sums else UNVERIFIED
         print("\n".join([f"{checkpoint.name}: {word}", *(f"  {one}" for one in damage)]))
     return 1 if damaged else 0
-
-
-def _verify_without_sums(checkpoint: Path) -> bool:
-    """Format 1: only names and lengths of files can be looked at; whether they are wrong."""
-    try:
-        _open(checkpoint).check_files()
-    except UserError as err:
-        print(f"{checkpoint.name}: DAMAGED\n  {err}")
-        return True
-    print(f"{checkpoint.name}: files are complete; it has no checksums (format 1), so their content is not verified")
-    return False
 
 
 def _run_show(args: argparse.Namespace) -> int:

@@ -88,6 +88,10 @@ class CheckpointReader:
             box = Box(tuple(entry["offset"]), tuple(entry["shape"]))
             self._entries[entry["name"], entry["kind"]][box].append(entry)
             self._global[entry["name"]] = tuple(entry["global_shape"])
+        if self.sums is not None and (unlisted := set(self.files) - set(self.sums)):
+            raise UserError(
+                f"{folder}/{SUMS_FILE} does not list {min(unlisted)}: it is damaged; pick another checkpoint"
+            )
         self.shapes = {name: self._global[name] for name, kind in self._entries if kind == "weight"}
         self.tokenizer_fingerprint = str(self.state.get("tokenizer_fingerprint"))
 

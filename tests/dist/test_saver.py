@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from runs import LAYOUTS, Inputs, Outcome, checkpoint_state, tiny_config, train, train_rank
+from runs import LAYOUTS, Inputs, Outcome, checkpoint_state, refusal_rank, tiny_config, train, train_rank
 from test_faults import poisoned_rank
 
+from hmar_mega.checkpoint.rewrite import rewrite_checkpoint
 from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint
 from hmar_mega.config import Config
 from hmar_mega.metrics import read_metrics
@@ -124,6 +126,35 @@ def test_a_checkpoint_of_the_first_format_is_still_read(inputs, tmp_path):
     assert_same(train(inputs, folder, "single", steps(4)), whole)
 
 
+@pytest.mark.parametrize("second", ["data2_zero3", "tensor2"])
+def test_a_converted_checkpoint_trains_on_on_any_layout(inputs, tmp_path, second):
+    settings = ("checkpoint.interval=2", "checkpoint.keep_last=9", steps(4))
+    train(inputs, tmp_path / "first", "tensor2_data2", *settings)
+    name = "step-00000002"
+    first, folder = tmp_path / "first" / "checkpoints" / name, tmp_path / "run"
+    rewrite_checkpoint(CheckpointReader(first), folder / "checkpoints" / name, 3)
+    plain = shutil.copytree(tmp_path / "first", tmp_path / "plain")
+    for run in (folder, plain):
+        train(inputs, run, second, *settings, f"run.resume_from={name}")
+    ours, theirs = Outcome.of(folder), Outcome.of(plain)
+    assert all(torch.equal(ours.tensors[key], values) for key, values in theirs.tensors.items())
+
+
+def test_a_run_does_not_go_on_from_weights_alone_but_can_start_from_them(inputs, tmp_path):
+    first, folder = tmp_path / "first", tmp_path / "run"
+    train(inputs, first, "single", steps(1))
+    checkpoint = find_checkpoint(first)
+    rewrite_checkpoint(CheckpointReader(checkpoint), folder / "checkpoints" / checkpoint.name, 1, weights_only=True)
+    going_on = tiny_config(inputs, folder, f"run.resume_from={checkpoint.name}", steps(2))
+    (message,) = run_ranks(1, refusal_rank, going_on)
+    assert "holds weights alone" in message
+    weights = folder / "checkpoints" / checkpoint.name
+    for origin in (weights, first):
+        train(inputs, tmp_path / f"from-{origin.name}", "single", f"run.init_from={origin}", steps(1))
+    ours, theirs = (Outcome.of(tmp_path / f"from-{origin.name}") for origin in (weights, first))
+    assert_same(ours, theirs)
+
+
 # --------------------------------------------------------------------------------------------- float16's loss scaling
 
 FP16 = ("precision.compute=fp16", "optim.eps=1e-6")
@@ -222,28 +253,57 @@ def memory_rank(config: Config) -> dict[str, int]:
     return figures
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("second", ["tensor2_data2", "tensor2_data2_zero2"])
-def test_no_process_ever_holds_more_than_its_part(inputs: Inputs, tmp_path: Path, second: str, capsys: Any) -> None:
+@pytest.fixture(scope="module")
+def large(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, int]]]:
+    """A run of one step of a large model on tensor 2 × data 2, and the figures of each process."""
     world, settings = LAYOUTS["tensor2_data2"]
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("large") / "run"
     config = tiny_config(inputs, folder, *settings, *LARGE, "data.micro_batch_size=1")
-    saved = run_ranks(world, memory_rank, config, timeout=240)
+    return folder, run_ranks(world, memory_rank, config, timeout=240)
+
+
+def show(capsys: Any, title: str, all_figures: list[dict[str, int]]) -> None:
+    with capsys.disabled():
+        print(f"\n{title}")
+        for rank, figures in enumerate(all_figures):
+            print(f"  rank {rank}:", ", ".join(f"{name} {size / MEBI:.0f} MiB" for name, size in figures.items()))
+
+
+@pytest.mark.slow
+def test_saving_takes_a_copy_of_a_process_s_own_part_and_no_more(large, capsys):
+    folder, saved = large
     reader = CheckpointReader(find_checkpoint(folder))
     parameters = sum(torch.Size(shape).numel() for shape in reader.shapes.values())
-    weights, everything = 4 * parameters, 12 * parameters
+    everything = 12 * parameters
+    show(capsys, f"{parameters / 1e6:.1f} M parameters, {everything / MEBI:.0f} MiB with moments, saved:", saved)
     assert parameters >= 60e6
     assert sum(figures["own"] for figures in saved) == everything
+    for figures in saved:
+        assert figures["saving"] <= figures["own"] + SLACK
+        assert figures["saving"] < 0.4 * everything
 
-    world, settings = LAYOUTS[second]
-    config = tiny_config(inputs, folder, *settings, *LARGE, "data.micro_batch_size=1", steps(2))
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "files"), [("tensor2_data2", None), ("tensor4", 1)])
+def test_loading_takes_what_a_process_keeps_and_no_more(inputs, large, tmp_path, capsys, layout, files):
+    """Also from one file that holds everything, where each process needs a part of every matrix."""
+    folder, checkpoint = tmp_path / "run", find_checkpoint(large[0])
+    target = folder / "checkpoints" / checkpoint.name
+    if files is None:
+        target.parent.mkdir(parents=True)
+        target.symlink_to(checkpoint)
+    else:
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        rewrite_checkpoint(CheckpointReader(checkpoint), target, files)
+        grown = _status("VmHWM") - before
+        show(capsys, f"rewritten into {files} file:", [{"converting": grown}])
+        assert grown <= 2 * SLACK
+    world, settings = LAYOUTS[layout]
+    going_on = (steps(2), f"run.resume_from={checkpoint.name}")
+    config = tiny_config(inputs, folder, *settings, *LARGE, "data.micro_batch_size=1", *going_on)
     loaded = run_ranks(world, memory_rank, config, timeout=240)
-    with capsys.disabled():
-        print(f"\n{parameters / 1e6:.1f} M parameters: weights {weights / MEBI:.0f} MiB, all {everything / MEBI:.0f} MiB")
-        for rank, (one, two) in enumerate(zip(saved, loaded, strict=True)):
-            print(f"rank {rank}:", {name: f"{size / MEBI:.0f} MiB" for name, size in {**two, **one}.items()})
-    for one, two in zip(saved, loaded, strict=True):
-        assert one["saving"] <= one["own"] + SLACK
-        assert one["saving"] < 0.4 * everything
-        assert two["loading weights"] <= SLACK  # into parameters that are there
-        assert two["loading moments"] <= two["own"] * 2 / 3 + SLACK  # the moments themselves, laid down here
+    show(capsys, f"loaded on {layout}:", loaded)
+    for figures in loaded:
+        assert figures["loading weights"] <= SLACK  # into parameters that are there
+        assert figures["loading moments"] <= figures["own"] * 2 / 3 + SLACK  # the moments, laid down here
