@@ -11,6 +11,7 @@ up what a kill left of them:
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from hmar_mega.files import sync_path, write_atomic
 log = logging.getLogger(__name__)
 
 SAVING, REMOVING = ".saving-", ".removing-"
+
+_NAME = re.compile(r"step-\d{8,}")
 
 
 def step_name(step: int) -> str:
@@ -90,14 +93,16 @@ def prune(run: Path, current: Path, keep_last: int, keep_every: int | None) -> N
     folder = run / "checkpoints"
     best = folder / BEST
     best_name = best.read_text().strip() if best.is_file() else None
-    past = sorted(path for path in folder.glob("step-*") if path.name <= current.name)
-    for path in folder.glob("step-*"):
+    own = sorted(
+        path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)
+    )  # and nobody's copies beside them
+    for path in own:
         if path.name > current.name:
             if path.name == best_name:
                 best.unlink()
             _remove(path)
             log.info("removed checkpoint %s: the run went back before it", path.name)
-    for path in past[:-keep_last]:
+    for path in [path for path in own if path.name <= current.name][:-keep_last]:
         if path.name != best_name and not (keep_every and step_of(path) % keep_every == 0):
             _remove(path)
             log.info("removed checkpoint %s (keep_last=%d)", path.name, keep_last)

@@ -190,8 +190,16 @@ def test_pruning_keeps_the_last_the_best_and_the_multiples(tmp_path: Path):
     for step in range(1, 11):
         saved(tmp_path, step, str(step), best=step == 3)
         prune(tmp_path, tmp_path / "checkpoints" / step_name(step), keep_last=2, keep_every=4)
+        (tmp_path / "checkpoints" / "step-00000001-my-copy").mkdir(exist_ok=True)
     left = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
-    assert left == [step_name(step) for step in (3, 4, 8, 9, 10)]
+    assert left == ["step-00000001-my-copy", *(step_name(step) for step in (3, 4, 8, 9, 10))]
+
+
+def test_a_best_that_lies_beyond_a_step_gone_back_to_goes_with_its_pointer(tmp_path: Path):
+    for step in (1, 2, 3):
+        saved(tmp_path, step, str(step), best=step == 3)
+    prune(tmp_path, saved(tmp_path, 2, "again"), keep_last=1, keep_every=3)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", step_name(2)]
 
 
 def test_what_a_kill_left_never_passes_for_a_checkpoint(tmp_path: Path):
