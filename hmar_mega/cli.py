@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hmar_mega import __version__
+from hmar_mega.checkpoint.cli import add_checkpoint_parser
 from hmar_mega.data.cli import add_data_parser
 from hmar_mega.errors import UserError
 from hmar_mega.interrupts import Interrupts
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_parser(commands)
     add_tokenizer_parser(commands)
     _add_train(commands)
+    add_checkpoint_parser(commands)
     _add_export(commands)
     _add_sample(commands)
     _add_edit(commands)

@@ -323,6 +323,9 @@ class CheckpointConfig(Section):
 
     interval: int = Field(1000, ge=1, description="optimizer steps")
     keep_last: int = Field(2, ge=1)
+    keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of so many steps stay for good")
+    asynchronous: bool = Field(True, description="train on while a copy is written; the next save waits for it")
+    verify: bool = Field(True, description="hash every file of the checkpoint that training goes on from")
 
 
 class EvalConfig(Section):

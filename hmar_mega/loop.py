@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hmar_mega.checkpoint.canonical import point_to, save_checkpoint, step_name
-from hmar_mega.checkpoint.sources import BEST
+from hmar_mega.checkpoint.saver import CheckpointSaver, Outcome
 from hmar_mega.config import Config
 from hmar_mega.data.reader import StreamLoader
 from hmar_mega.engine import Engine, TrainingError
@@ -44,11 +43,13 @@ class Sampler(Protocol):
 
 @dataclass
 class Progress:
-    """What the loop remembers besides weights: the best validation loss, the step last saved, an evaluation put off."""
+    """What the loop remembers besides weights: the best validation losses, the step last saved, what is due."""
 
     best_loss: float = float("inf")
+    best_before: float = float("inf")
     saved_step: int = -1
-    evaluation_due: bool = False
+    evaluation_due: bool = False  #: put off when the run was asked to stop
+    settled: Outcome | None = None  #: of the last save whose end was heard of
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Run:
     sampler: Sampler | None
     last_step: int
     state: dict[str, Any]  #: what every checkpoint's state.json records
+    saver: CheckpointSaver
     metrics: MetricsLog | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -85,7 +87,11 @@ class Window:
 
 
 def train(run: Run) -> None:
-    """Train from `run.engine.step` to `run.last_step`, or until the ranks agree to stop: then save what was done."""
+    """Train from `run.engine.step` to `run.last_step`, or until the ranks agree to stop: then save what was done.
+
+    Raises:
+        TrainingError: when too many steps in a row are not finite, or the last checkpoint cannot be written.
+    """
     run.engine.model.train()
     try:
         run.agreement.check()  # asked while the run was set up: nothing is new, so nothing need be saved
@@ -99,6 +105,7 @@ def train(run: Run) -> None:
     except StopRequest:
         if run.dims.is_main:
             log.info("stopped at step %d as asked; start the same command again to go on", run.engine.step)
+    _finish(run)
 
 
 def _step(run: Run, window: Window) -> Window:
@@ -151,8 +158,11 @@ def _record_skipped(run: Run, batches: Sequence[TokenBatch], losses: Tensor) -> 
         cause = "gradient" if all(f for *_, f in parts) else "loss"
         positions, keys = zip(*samples, strict=True)
         row = {"step": engine.step, "cause": cause, "positions": positions, "keys": keys}
-        with (run.folder / SKIPPED_FILE).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with (run.folder / SKIPPED_FILE).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as err:
+            log.warning("%s cannot be written (%s): %s", run.folder / SKIPPED_FILE, err.strerror, json.dumps(row))
         log.warning(
             "step %d | %s not finite: step skipped (%d in all, %d in a row, at most %d), its samples are in %s",
             engine.step, cause, engine.skipped, engine.skipped_in_a_row, limit, SKIPPED_FILE,
@@ -194,6 +204,7 @@ def _log_line(run: Run, window: Window, lr: float) -> None:
         "images_per_second": window.images / seconds,
         "data_wait": window.waited / seconds,
         "skipped_steps": engine.skipped,
+        "failed_saves": run.saver.failed_saves,
     }
     if config.precision.compute == "fp16":
         values["loss_scale"] = engine.loss_scale
@@ -265,12 +276,11 @@ def _record_validation(run: Run, losses: dict[str, Any]) -> None:
         log.info(
             "step %d | validation: all scales %.4f, last scale %.4f", step, losses["all_scales"], losses["last_scale"]
         )
+    _settle(run)
     if losses["all_scales"] < run.progress.best_loss:
-        run.progress.best_loss = losses["all_scales"]
+        run.progress.best_before, run.progress.best_loss = run.progress.best_loss, losses["all_scales"]
         run.progress.evaluation_due = False
-        checkpoint = _save(run)
-        if run.dims.is_main:
-            point_to(run.folder, BEST, checkpoint)
+        _save(run, best=True)
 
 
 def validation_losses(
@@ -320,21 +330,47 @@ def _batch_sums(objective: Objective, model: torch.nn.Module, batch: TokenBatch)
     return 0.0 if cross_entropy is None else per_scale_sums(objective.scores(cross_entropy, batch), objective)
 
 
-def _save(run: Run) -> Path:
-    """Write the checkpoint of this step, unless it was written a moment ago for being the best."""
-    name = run.folder / "checkpoints" / step_name(run.engine.step)
+def _save(run: Run, best: bool = False) -> None:
+    """Begin to write the checkpoint of this step, unless that was done a moment ago for being the best."""
     if run.progress.saved_step == run.engine.step:
-        return name
+        if best:
+            run.saver.mark_best()
+        return
+    _settle(run)
+    loss = run.progress.best_loss
     state = {
         **run.state,
         "images_seen": run.engine.images_seen,
         "finished": run.engine.step == run.last_step,
-        "best_loss": run.progress.best_loss if run.progress.best_loss < float("inf") else None,
+        "best_loss": loss if loss < float("inf") else None,
         "stream": run.loader.state(),
         "evaluation_due": run.progress.evaluation_due,
     }
-    folder = save_checkpoint(run.folder, run.engine, state, run.config.checkpoint.keep_last)
+    run.saver.save(state, best)
     run.progress.saved_step = run.engine.step
-    if run.dims.is_main:
-        log.info("step %d | saved %s", run.engine.step, folder.name)
-    return folder
+
+
+def _settle(run: Run) -> Outcome | None:
+    """Wait for the save under way. Where the best checkpoint could not be written, the one before is still the best."""
+    outcome = run.saver.wait()
+    if outcome is not None and outcome is not run.progress.settled and outcome.error is not None and outcome.best:
+        run.progress.best_loss = run.progress.best_before
+    run.progress.settled = outcome
+    return outcome
+
+
+def _finish(run: Run) -> None:
+    """Wait for the last checkpoint, without which a run is not finished; what failed is tried once more."""
+    hoped = run.progress.best_loss
+    outcome = _settle(run)
+    if outcome is None or outcome.error is None:
+        return
+    run.progress.saved_step = -1
+    run.progress.best_loss = hoped
+    _save(run, outcome.best)
+    outcome = _settle(run)
+    if outcome is not None and outcome.error is not None:
+        raise TrainingError(
+            f"training reached step {run.engine.step}, but its checkpoint could not be written: {outcome.error}. Make "
+            "room and start the run again: it goes on from the last good checkpoint"
+        )

@@ -37,19 +37,32 @@ class MetricsLog:
         self._wandb = _start_wandb(run, config) if config.logging.wandb != "off" else None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Record one row of `kind` (`train`, `val`); numbers and lists of numbers are plotted."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        """Record one row of `kind` (`train`, `val`); numbers and lists of numbers are plotted.
+
+        A full disk does not end training: rows wait in memory, as many as fit, until there is room again.
+        """
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as err:
+            log.warning("step %d | %s cannot be written: %s; training goes on", step, self._path, err.strerror)
         flat = dict(_flatten(kind, values))
         if self._tensorboard is not None:
-            for name, value in flat.items():
-                self._tensorboard.add_scalar(name, value, step)
+            try:
+                for name, value in flat.items():
+                    self._tensorboard.add_scalar(name, value, step)
+            except OSError as err:
+                log.warning("step %d | TensorBoard's file cannot be written: %s; it ends here", step, err.strerror)
+                self._tensorboard = None
         if self._wandb is not None:
             self._wandb.log(flat, step=step)
 
     def close(self) -> None:
         """Flush and finish everything."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as err:
+            log.warning("the last rows of %s are lost: %s", self._path, err.strerror)
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from hmar_mega import loop
 from hmar_mega.checkpoint.canonical import load_optimizer, load_weights
-from hmar_mega.checkpoint.resume import check_origin, last_checkpoint_name, resumable
+from hmar_mega.checkpoint.resume import check_origin, last_checkpoint_name, resumable, verify_together
+from hmar_mega.checkpoint.saver import CheckpointSaver
 from hmar_mega.checkpoint.sources import CheckpointReader, open_weights
 from hmar_mega.config import Config
 from hmar_mega.config_io import config_to_yaml
@@ -82,10 +83,13 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
         last_step = plan.steps_for(schedule.total_steps * plan.full)
         last_step = min(last_step, config.optim.max_steps or last_step)
         tokenizer = tokenizer.to(dims.device)
+        if reader is not None and config.checkpoint.verify:
+            verify_together(reader.folder, dims)
         engine, start, best = _build_engine(config, folder, dims, schedule, reader)
         agreement = Agreement(interrupts or Interrupts(), dims)
         run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step, agreement)
         run.progress.best_loss = best
+        run.saver.failed_saves = int(reader.state.get("failed_saves", 0)) if reader is not None else 0
         if dims.is_main and engine.step < last_step:
             _write_run_files(config, folder, run.state)
         if dims.is_main:
@@ -98,7 +102,10 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
         with contextlib.closing(run.metrics) if run.metrics is not None else contextlib.nullcontext():
             if engine.step >= last_step and dims.is_main:
                 log.info("run %s is already finished at step %d", folder, engine.step)
-            loop.train(run)
+            try:
+                loop.train(run)
+            finally:
+                run.saver.close()
         run.loader.close()
     return folder
 
@@ -169,7 +176,9 @@ def _build_engine(
 def _initialise(model: HMAR | PipelineModel, config: Config, dims: ParallelDims) -> None:
     """Weights from another run; the mask branch of a next-scale model starts from its last blocks and head."""
     path = str(config.run.init_from)
-    source = open_weights(path)
+    source = open_weights(path, verify=False)
+    if config.checkpoint.verify and isinstance(source, CheckpointReader):
+        verify_together(source.folder, dims)
     renames: dict[str, str] = {}
     if model.has_mask_branch and "mask_embed" not in source.shapes:
         renames = {**mask_branch_names(n for n, _ in model.named_parameters()), "mask_embed": ""}
@@ -217,7 +226,9 @@ def _assemble(
             "classes": list(data.index.classes),
             "versions": installed_versions(),
             "revision": git_revision(),
+            "layout": {"processes": dims.world_size, **config.parallel.model_dump(mode="json")},
         },
+        saver=CheckpointSaver(folder, engine, config.checkpoint),
     )  # fmt: skip
 
 

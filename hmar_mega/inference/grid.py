@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,12 @@ import torch
 
 from hmar_mega.config import Config
 from hmar_mega.data.images import image_grid
+from hmar_mega.errors import UserError
 from hmar_mega.inference.sampler import SampleSettings, generate_tokens
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
+
+log = logging.getLogger(__name__)
 
 
 class GridSampler:
@@ -43,5 +47,8 @@ class GridSampler:
         if self.writes:
             with torch.inference_mode():
                 images = self.tokenizer.decode(f_hat)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image_grid(images, math.ceil(math.sqrt(len(images))), path, value_range=(-1.0, 1.0))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image_grid(images, math.ceil(math.sqrt(len(images))), path, value_range=(-1.0, 1.0))
+            except (OSError, UserError) as err:  # a picture is not worth a run
+                log.warning("the sample grid %s is not written: %s", path, err)

@@ -27,7 +27,7 @@ from runs import (
     train_rank,
 )
 
-from hmar_mega.checkpoint import canonical
+from hmar_mega.checkpoint import saver
 from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint
 from hmar_mega.config import Config
 from hmar_mega.config_io import load_config
@@ -121,14 +121,14 @@ def test_the_half_run_is_not_the_whole_one(runs):
 
 def kill_while_saving(config: Config) -> None:
     """Train, and die by SIGKILL when every file of the last checkpoint is written but it has not its name yet."""
-    complete = canonical.sync_folder
+    commit = saver.commit
 
-    def die_at_the_end(folder: Path) -> None:
-        complete(folder)
-        if str(WHOLE) in folder.name:
+    def die_at_the_end(run: Path, temporary: Path, best: bool) -> Path:
+        if str(WHOLE) in temporary.name:
             os.kill(os.getpid(), signal.SIGKILL)
+        return commit(run, temporary, best)
 
-    canonical.sync_folder = die_at_the_end
+    saver.commit = die_at_the_end
     train_rank(config)
 
 
