@@ -46,6 +46,11 @@ class Plan:
         """Of all GPUs."""
         return self.cost.images_per_s
 
+    @property
+    def images_per_gpu(self) -> float:
+        """Images a second and GPU."""
+        return self.images_per_s / self.layout.world
+
     def mfu(self, cluster: Cluster) -> float:
         """Model FLOPs by what the GPUs could do at their datasheet's bf16 peak."""
         return self.cost.flops / self.cost.step / (self.layout.world * cluster.bf16_peak_tflops * 1e12)
@@ -73,7 +78,7 @@ def legal_layouts(config: Config, cluster: Cluster) -> Iterator[Layout]:
 
 
 def _virtual(depth: int, pipeline: int) -> list[int]:
-    return [1] if pipeline == 1 else [v for v in (1, 2, 3, 4, 6, 8) if v * pipeline <= depth]
+    return [1] if pipeline == 1 else [v for v in (1, 2, 3, 4) if v * pipeline <= depth]
 
 
 def _accepted(
@@ -89,10 +94,10 @@ def _accepted(
         parse_config({**tree, "parallel": parallel})
     except UserError:
         return
-    for recompute in ("none", "selective", "full"):
-        for size in sizes:
-            if virtual > 1 and share // size % pipeline:
-                continue
+    for size in sizes:
+        if virtual > 1 and share // size % pipeline:
+            continue
+        for recompute in ("none", "selective", "full"):
             yield Layout(tensor, sequence, pipeline, virtual, data, zero, recompute, size, share // size)
 
 
@@ -103,9 +108,14 @@ def ranked(config: Config, cluster: Cluster, factor: float = 1.0) -> list[Plan]:
     """
     work = Workload.of(config)
     best: dict[tuple[int, bool, int, int, int], Plan] = {}
+    enough: tuple[object, ...] = ()
     for layout in legal_layouts(config, cluster):
-        plan = plan_layout(work, layout, cluster, factor)
         key = (layout.tensor, layout.sequence, layout.pipeline, layout.virtual, layout.zero)
+        if enough == (*key, layout.micro_batch):
+            continue  # it fits with less recomputation
+        plan = plan_layout(work, layout, cluster, factor)
+        if plan.fits:
+            enough = (*key, layout.micro_batch)
         if key not in best or _order(plan) < _order(best[key]):
             best[key] = plan
     plans = sorted(best.values(), key=_order)

@@ -47,6 +47,7 @@ class Memory:
         activations, logits: at the worst moment of the backward pass.
         buffers: gradient buckets and gathered weights during forward and backward passes.
         step: transient tensors of reduction and update, when activations are gone.
+        start: the whole float32 model (of a tensor- and pipeline-parallel rank) before the engine lays it out.
     """
 
     weights: float
@@ -58,6 +59,7 @@ class Memory:
     logits: float
     buffers: float
     step: float
+    start: float
 
     @property
     def state(self) -> float:
@@ -65,9 +67,14 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.ema + self.tokenizer
 
     @property
-    def peak(self) -> float:
-        """What `torch.cuda.max_memory_allocated` should say."""
+    def training(self) -> float:
+        """What `torch.cuda.max_memory_allocated` should say of steps after the first."""
         return self.state + max(self.activations + self.logits + self.buffers, self.step)
+
+    @property
+    def peak(self) -> float:
+        """The same of the whole run."""
+        return max(self.training, self.start)
 
 
 @dataclass(frozen=True)
@@ -138,12 +145,13 @@ def memory_of(work: Workload, layout: Layout, pipeline_rank: int, chunk: int | N
         logits=logits,
         buffers=_buffers(compute, layout, state),
         step=_step_bytes(compute, layout, state),
+        start=4 * (state.total + work.tokenizer),
     )
 
 
 def worst_rank(work: Workload, layout: Layout, chunk: int | None = LOGITS_CHUNK_BYTES) -> Memory:
-    """Bytes of the ranks that need most."""
-    return max((memory_of(work, layout, rank, chunk) for rank in range(layout.pipeline)), key=lambda m: m.peak)
+    """Bytes of the ranks that need most: the first, with most micro-batches in flight, or the last, with the head."""
+    return max((memory_of(work, layout, rank, chunk) for rank in {0, layout.pipeline - 1}), key=lambda m: m.peak)
 
 
 def _buffers(compute: str, layout: Layout, state: State) -> float:

@@ -55,5 +55,6 @@ def _draw(left: object, right: object, curve: Curve, batch: int) -> None:
     words = f"strong: batch {batch:,}" if curve.kind == "strong" else f"weak: {WEAK_IMAGES} images a GPU"
     colour = COLOURS[curve.kind]
     left.plot(gpus, rates, "o-", color=colour, label=words)
-    left.plot(gpus, [rates[0] * n / gpus[0] for n in gpus], "--", color=colour, alpha=0.5, linewidth=1)
+    best = max(rate / n for rate, n in zip(rates, gpus, strict=True))
+    left.plot(gpus, [best * n for n in gpus], "--", color=colour, alpha=0.5, linewidth=1)
     right.plot(gpus, [curve.efficiency(point) or 0.0 for point in fitting], "o-", color=colour)

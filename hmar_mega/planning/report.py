@@ -6,18 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich import box
 from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
-from hmar_mega.planning import activations, memory
+from hmar_mega.planning import activations, cost, memory
 from hmar_mega.planning.cluster import GIB, Cluster
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.layouts import Plan
 from hmar_mega.planning.scaling import WEAK_IMAGES, Curve, Point
 
 #: Width of tables where there is no terminal to ask.
-WIDTH = 118
+WIDTH = 124
 
 MEMORY_PARTS = (
     "weights", "gradients", "optimizer", "ema", "tokenizer", "activations", "logits", "buffers", "step",
@@ -171,17 +172,17 @@ def _layout_table(report: Report, top: int) -> Table:
 
 
 def _plan_cells(plan: Plan, cluster: Cluster) -> list[str]:
-    layout, cost = plan.layout, plan.cost
+    layout, spent = plan.layout, plan.cost
     room = f"{plan.memory.peak / GIB:.1f}"
     return [
         describe(layout),
         f"{layout.micro_batch} × {layout.accumulation}",
         room if plan.fits else f"[red]{room} too much[/]",
-        f"{cost.step * 1e3:,.0f}",
+        f"{spent.step * 1e3:,.0f}",
         f"{plan.images_per_s:,.0f}",
         f"{plan.mfu(cluster):.1%}",
-        f"{cost.bubble / cost.step:.1%}",
-        f"{cost.communication / cost.step:.1%}",
+        f"{spent.bubble / spent.step:.1%}",
+        f"{spent.communication / spent.step:.1%}",
     ]
 
 
@@ -193,11 +194,13 @@ def _parts(
     total: str,
     total_cell: Callable[[Plan], str],
 ) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("")
     for column, _ in shown:
         table.add_column(column, justify="right")
     for name in names:
+        if all(float(cell(plan, name).replace(",", "")) == 0 for _, plan in shown):
+            continue
         table.add_row(WORDS.get(name, name), *(cell(plan, name) for _, plan in shown), end_section=name == names[-1])
     table.add_row(total, *(total_cell(plan) for _, plan in shown), style="bold")
     return table
@@ -221,9 +224,11 @@ def _step_cell(plan: Plan) -> str:
 
 def _curve_table(curve: Curve, cluster: Cluster) -> Table:
     about = "the same batch" if curve.kind == "strong" else f"{WEAK_IMAGES} images a GPU"
-    table = Table(title=f"{curve.kind} scaling, {about}", title_justify="left")
-    table.add_column("GPUs", justify="right")
-    table.add_column("batch", justify="right")
+    table = Table(
+        title=f"{curve.kind} scaling, {about}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("GPUs", justify="right", no_wrap=True)
+    table.add_column("batch", justify="right", no_wrap=True)
     table.add_column("layout", no_wrap=True)
     for name in ("micro × acc.", "GiB", "step ms", "img/s", "MFU", "bubble", "comm.", "efficiency"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -252,7 +257,9 @@ def assumptions(report: Report) -> list[str]:
         "GB/s, attention at the measured times of SDPA called scale by scale, scaled with the matrix-product rate",
         f"links: {c.intra_node_gb_per_s:g} GB/s a GPU inside a node, {c.inter_node_gb_per_s:g} between nodes, latency "
         f"{c.intra_node_latency_us:g} and {c.inter_node_latency_us:g} µs; rings inside nodes, trees for latency",
-        "ZeRO 1 and 2 reduce gradients without overlap; ZeRO 3 hides its traffic behind 70 % of the compute; "
+        "ZeRO 1 and 2 reduce gradients without overlap; ZeRO 3 hides its traffic behind "
+        f"{cost.ZERO3_OVERLAP:.0%} of the compute; "
         "tensor-parallel traffic hides only behind weight gradients; bubble (pp − 1)/(vpp · m)",
+        "efficiency: images a second and GPU, by those at the best number of GPUs; no congestion",
         "reading data, evaluation, checkpoints, stragglers and failures are left out",
     ]

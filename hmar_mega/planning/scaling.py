@@ -40,12 +40,10 @@ class Curve:
     points: tuple[Point, ...]
 
     def efficiency(self, point: Point) -> float | None:
-        """Images a second and GPU, by those of the smallest number of GPUs that fits."""
-        first = next((p.plan for p in self.points if p.plan is not None), None)
-        if first is None or point.plan is None:
+        """Images a second and GPU, by those of the number of GPUs at which they are highest."""
+        if point.plan is None:
             return None
-        own, base = point.plan, first
-        return (own.images_per_s / own.layout.world) / (base.images_per_s / base.layout.world)
+        return point.plan.images_per_gpu / max(p.plan.images_per_gpu for p in self.points if p.plan is not None)
 
 
 def project(config: Config, cluster: Cluster, factor: float, gpus: Iterable[int] = GPUS) -> list[Curve]:
