@@ -67,9 +67,12 @@ def _run_plan(args: argparse.Namespace) -> int:
     from hmar_mega.files import write_atomic
     from hmar_mega.planning.cluster import load_cluster
     from hmar_mega.planning.report import WIDTH, show, to_json
+    from hmar_mega.planning.workload import with_tokenizer
 
     cluster = load_cluster(args.cluster, args.nodes, args.gpus_per_node)
-    report = make_report(args.config, config, cluster, args.scaling or args.plot is not None, args.calibration)
+    report = make_report(
+        args.config, with_tokenizer(config), cluster, args.scaling or args.plot is not None, args.calibration
+    )
     if args.json == "-":
         print(json.dumps(to_json(report, args.top), indent=1))
     else:

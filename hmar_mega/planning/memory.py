@@ -117,7 +117,7 @@ def rank_state(
     total, largest = sum(p.numel for p in parameters), max(p.numel for p in parameters)
     if zero == 3:
         part = [sum(-(-n // data) for n in group) for group in groups]
-        persistent = sum(p.numel for p in parameters if p.numel <= PERSISTENT_ELEMENTS)
+        persistent = sum(-(-p.numel // data) * data for p in parameters if p.numel <= PERSISTENT_ELEMENTS)
         cut = sum(-(-n // data) for n in frozen)
         return State(sum(map(sum, groups)), sum(part), cut, persistent, tuple(part), largest, total)
     padded = tuple(-(-sum(group) // (2 * data)) * 2 * data for group in groups if group)

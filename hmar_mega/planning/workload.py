@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from hmar_mega.config import Config, TokenizerConfig
 from hmar_mega.flops import train_flops_per_image
 from hmar_mega.scales import ScaleSchedule
+
+log = logging.getLogger(__name__)
 
 #: Bytes of an element in each compute format.
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -81,6 +85,23 @@ class Workload:
     def first_trained(self) -> int:
         """Number of the first layer with weight gradients."""
         return self.depth - self.mask_layers if self.masked else 0
+
+
+def with_tokenizer(config: Config) -> Config:
+    """The configuration with the architecture of the trained tokenizer it names, as training takes it.
+
+    Planning does without the tokenizer where it is not at hand: then the sizes written in the configuration count.
+    """
+    path = config.tokenizer.path
+    if path is None:
+        return config
+    if not Path(path).is_dir():
+        log.warning("tokenizer.path=%s is not here: planning with the tokenizer sizes of the configuration", path)
+        return config
+    from hmar_mega.tokenizer.model import MultiScaleVQVAE
+
+    trained = MultiScaleVQVAE.load(Path(path)).config
+    return config.model_copy(update={"tokenizer": trained.model_copy(update={"path": path})})
 
 
 @cache
