@@ -117,7 +117,9 @@ def rank_state(
     total, largest = sum(p.numel for p in parameters), max(p.numel for p in parameters)
     if zero == 3:
         part = [sum(-(-n // data) for n in group) for group in groups]
-        persistent = sum(-(-p.numel // data) * data for p in parameters if p.numel <= PERSISTENT_ELEMENTS)
+        # gathered whole, with their padding; alone, a rank's part is the whole and nothing is copied
+        small = [p.numel for p in parameters if p.numel <= PERSISTENT_ELEMENTS and data > 1]
+        persistent = sum(-(-n // data) * data for n in small)
         cut = sum(-(-n // data) for n in frozen)
         return State(sum(map(sum, groups)), sum(part), cut, persistent, tuple(part), largest, total)
     padded = tuple(-(-sum(group) // (2 * data)) * 2 * data for group in groups if group)
@@ -161,7 +163,7 @@ def _buffers(compute: str, layout: Layout, state: State) -> float:
         return e * state.largest  # gradients go to the float32 accumulation one by one
     if layout.zero < 3:
         return e * (BUCKET_ELEMENTS + state.largest)
-    gathered = min(state.total, LIVE_ELEMENTS) if layout.data > 1 else state.total
+    gathered = min(state.total, LIVE_ELEMENTS) if layout.data > 1 else 0
     return e * (BUCKET_ELEMENTS + max(0, gathered - state.persistent) + state.largest)
 
 
