@@ -28,7 +28,8 @@ class BlockBytes:
 
     Attributes:
         none, selective, full: kept with that recomputation; `full` keeps the block's input alone.
-        working: transient tensors of its backward pass beside what was kept.
+        working: gradients alive in its backward pass beside what was kept, at most: of the block's and the
+            feed-forward half's output and of the hidden layer.
     """
 
     none: float
@@ -63,7 +64,7 @@ def block_bytes(work: Workload, layout: Layout) -> BlockBytes:
     packed = inside * 3 * width * e / t  # the packed projection, from which attention is computed again
     none = outer + hidden + merged + conditions + attention
     selective = outer + hidden + merged + conditions + packed + 4 * work.heads / t
-    return BlockBytes(none, selective, local * width * e, local * 2 * width * e + inside * 2 * work.hidden * e / t)
+    return BlockBytes(none, selective, local * width * e, local * 2 * width * e + inside * work.hidden * e / t)
 
 
 def _attention_bytes(work: Workload, layout: Layout) -> float:

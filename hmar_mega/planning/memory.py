@@ -160,7 +160,7 @@ def _buffers(compute: str, layout: Layout, state: State) -> float:
     """During forward and backward passes: DeepSpeed's bucket, allocated whole; gathered weights; one gradient."""
     e = ELEMENT[compute]
     if layout.zero == 1 and compute == "bf16":
-        return e * state.largest  # gradients go to the float32 accumulation one by one
+        return (e + 4) * state.largest  # gradients go to the float32 accumulation one by one, through a copy
     if layout.zero < 3:
         return e * (BUCKET_ELEMENTS + state.largest)
     gathered = min(state.total, LIVE_ELEMENTS) if layout.data > 1 else 0

@@ -12,6 +12,7 @@ from runs import Inputs, tiny_config
 from torch import Tensor
 
 from hmar_mega.config import Config
+from hmar_mega.planning.activations import LOGITS_COPIES, block_bytes, head_bytes
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.memory import memory_of
 from hmar_mega.planning.workload import Workload, with_tokenizer
@@ -48,6 +49,43 @@ def test_planned_bytes_are_those_of_the_engine_after_a_step(tmp_path: Path, unev
         assert measured["optimizer"] == planned.optimizer
         if measured["gradients"]:  # other optimizers hold none between steps
             assert measured["gradients"] == planned.gradients
+
+
+@pytest.mark.parametrize("settings", [(), ("parallel.sequence_parallel=true",)], ids=["tensor", "sequence"])
+def test_planned_activations_are_what_a_tensor_parallel_rank_saves(
+    tmp_path: Path, inputs: Inputs, settings: tuple[str, ...]
+) -> None:
+    """Within 10 %, with Megatron-core's layers and enough tokens that biases and conditions do not count."""
+    sizes = ("schedule.resolution=64", "schedule.patch_nums=[1,2,4,8,16]", "model.width=64", TENSOR)
+    config = with_tokenizer(tiny_config(inputs, tmp_path, *sizes, *settings, "precision.compute=bf16"))
+    work, layout = Workload.of(config), Layout.of(config, 2)
+    head, logits = head_bytes(work, layout, chunk=None)
+    planned = work.depth * block_bytes(work, layout).kept("none") + head + logits / LOGITS_COPIES
+    for measured in run_ranks(2, saved_in_a_forward, config, layout.micro_batch):
+        assert measured == pytest.approx(planned, rel=0.1)
+
+
+def saved_in_a_forward(config: Config, batch: int) -> int:
+    """Bytes that autograd saves on this rank in a forward pass, parameters apart."""
+    from hmar_mega.model.layers_mcore import McoreLayers
+    from hmar_mega.parallel.dims import parallel_world
+    from hmar_mega.train import build_model
+
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with parallel_world(config):
+        model = build_model(config, McoreLayers(config.parallel.sequence_parallel)).bfloat16()
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        tokens = config.schedule.scales.num_tokens
+        labels, given = torch.zeros(batch, dtype=torch.long), torch.randn(batch, tokens - 1, 8)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(labels, given, drop_path=torch.ones(config.model.depth, 2, batch))
+            model.layers.cross_entropy(logits, torch.zeros(tokens, batch, dtype=torch.long))
+        return storage_bytes([t for t in saved if t.untyped_storage().data_ptr() not in own])
 
 
 def held_after_a_step(config: Config) -> dict[str, int]:
