@@ -230,7 +230,7 @@ def _curve_table(curve: Curve, cluster: Cluster) -> Table:
     table.add_column("GPUs", justify="right", no_wrap=True)
     table.add_column("batch", justify="right", no_wrap=True)
     table.add_column("layout", no_wrap=True)
-    for name in ("micro × acc.", "GiB", "step ms", "img/s", "MFU", "bubble", "comm.", "efficiency"):
+    for name in ("micro × acc.", "GiB", "step ms", "img/s", "MFU", "bubble", "comm.", "eff."):
         table.add_column(name, justify="right", no_wrap=True)
     for point in curve.points:
         table.add_row(f"{point.gpus:,}", f"{point.batch:,}", *_point_cells(curve, point, cluster))
