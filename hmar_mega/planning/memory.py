@@ -122,7 +122,7 @@ def rank_state(
         persistent = sum(-(-n // data) * data for n in small)
         cut = sum(-(-n // data) for n in frozen)
         return State(sum(map(sum, groups)), sum(part), cut, persistent, tuple(part), largest, total)
-    padded = tuple(-(-sum(group) // (2 * data)) * 2 * data for group in groups if group)
+    padded = tuple(-(-sum(group) // (2 * data)) * 2 * data for group in groups)
     return State(sum(padded), sum(padded) // data, sum(frozen), 0, padded, largest, total)
 
 

@@ -14,8 +14,10 @@ from hmar_mega.planning.cli import make_report
 from hmar_mega.planning.cluster import load_cluster
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.layouts import calibration, legal_layouts, ranked
+from hmar_mega.planning.memory import memory_of
 from hmar_mega.planning.rates import STEPS, read_steps
 from hmar_mega.planning.scaling import project
+from hmar_mega.planning.workload import Workload
 
 
 def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -46,6 +48,15 @@ def test_what_fits_comes_first_and_less_recomputation_is_not_passed_over() -> No
     plans = ranked(load_config("train/d36-s-512"), load_cluster("h100-8x1"))
     assert [p.fits for p in plans] == sorted((p.fits for p in plans), reverse=True)
     assert plans[0].fits
+
+
+def test_stages_of_a_pipeline_without_trained_parameters_need_no_optimizer() -> None:
+    """Stage 2 trains the last blocks, and the mask embedding on the first stage."""
+    config = load_config("train/d16-256", ["stage.name=masked"])
+    assert any(plan.layout.pipeline == 8 for plan in ranked(config, load_cluster("h100-8x1")))
+    second = memory_of(Workload.of(config), Layout(1, False, 4, 1, 2, 1, "none", 8, 48), 1)
+    assert (second.gradients, second.optimizer) == (0, 0)
+    assert second.weights > 0
 
 
 def test_the_json_has_the_model_its_layouts_and_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
