@@ -31,7 +31,6 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "zero2_bf16": (2, ("parallel.zero_stage=2", "precision.compute=bf16")),
     "zero3": (2, ("parallel.zero_stage=3",)),
     "zero3_bf16": (2, ("parallel.zero_stage=3", "precision.compute=bf16")),
-    "data3_zero3": (3, ("data.global_batch_size=6", "parallel.zero_stage=3")),
     "tensor_zero2_bf16": (4, (TENSOR, "parallel.zero_stage=2", "precision.compute=bf16", "data.micro_batch_size=2")),
     "masked_zero1_bf16": (2, ("stage.name=masked", "precision.compute=bf16")),
     "masked_zero3": (2, ("stage.name=masked", "parallel.zero_stage=3")),
