@@ -15,6 +15,7 @@ from hmar_mega.data.cli import add_data_parser
 from hmar_mega.errors import UserError
 from hmar_mega.interrupts import Interrupts
 from hmar_mega.parsers import add_command, add_config_arguments
+from hmar_mega.planning.cli import add_plan_parser
 from hmar_mega.progress import LogHandler
 from hmar_mega.tokenizer.cli import add_tokenizer_parser
 
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     add_data_parser(commands)
     add_tokenizer_parser(commands)
+    add_plan_parser(commands)
     _add_train(commands)
     add_checkpoint_parser(commands)
     _add_export(commands)
