@@ -114,16 +114,13 @@ def measure(name: str, overrides: list[str], steps: int) -> dict[str, Any]:
         tokenizer = MultiScaleVQVAE(config.tokenizer, config.schedule.scales).to(dims.device).eval()
         model = build_model(config, McoreLayers(config.parallel.sequence_parallel)).to(dims.device)
         engine = Engine(model, config, dims, Schedule.of(config, 100 * config.data.global_batch_size))
-        objective = Objective(config, tokenizer.quantizer, model.layers, dims.device)
+        objective = Objective(config, tokenizer.quantizer, dims.device)
         losses: list[Tensor] = []
 
-        def loss_of(batch: Any) -> Tensor:
-            loss = objective.training(engine.deepspeed, batch).loss.mean()
-            losses.append(loss.detach())
-            return loss
-
         def step(number: int) -> float:
-            return engine.train_step(batches(config, layout, number), loss_of)
+            norm, scored = engine.train_step(batches(config, layout, number), objective)
+            losses.extend(scores.loss.detach().mean() for scores in scored)
+            return norm
 
         model.train()
         norms = [step(number) for number in range(3)]
@@ -137,7 +134,7 @@ def measure(name: str, overrides: list[str], steps: int) -> dict[str, Any]:
         for number in range(steps):
             given = batches(config, layout, 3 + number)
             started = time.perf_counter()
-            engine.train_step(given, loss_of)
+            engine.train_step(given, objective)
             if cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from hmar_mega.checkpoint.layout import Placement, fragments, placement
 from hmar_mega.checkpoint.sources import EMA, CheckpointReader, WeightSource, check_shapes
 from hmar_mega.engine import Engine
+from hmar_mega.model.stage import BALLAST
 from hmar_mega.parallel.dims import ParallelDims
-from hmar_mega.parallel.pipeline import BALLAST
 
 
 def load_weights(

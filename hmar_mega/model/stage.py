@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+#: Parameters that stand in where a stage trains none with, or none without weight decay: numbers that stay 0.
+BALLAST = {"ballast_matrix": (1, 1), "ballast_vector": (1,)}
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from hmar_mega.config import Config
 from hmar_mega.model.attention import Attend
 from hmar_mega.model.hmar import HMAR, Branch, Hidden, decays
+from hmar_mega.model.stage import BALLAST
 from hmar_mega.objective import Objective, Scores, TokenBatch
 from hmar_mega.parallel.cpu import cpu_tensors
-
-#: Shapes of the parameters that stand in where a stage trains none with, or none without weight decay.
-BALLAST = {"ballast_matrix": (1, 1), "ballast_vector": (1,)}
 
 
 class PipelineModel(nn.Module):

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hmar_mega.model import hmar
-from hmar_mega.model.hmar import pad_to_multiple
+from hmar_mega.model.hmar import LOGITS_CHUNK_BYTES, pad_to_multiple
+from hmar_mega.model.stage import split_layers
 from hmar_mega.planning.layout import Layout
-from hmar_mega.planning.tensors import layer_runs, rank_runs
+from hmar_mega.planning.tensors import rank_runs
 from hmar_mega.planning.workload import Workload
-
-#: Float32 logits at a time in the cross-entropy, which works in chunks; None where the model computes them whole.
-LOGITS_CHUNK_BYTES: int | None = getattr(hmar, "LOGITS_CHUNK_BYTES", None)
 
 #: Copies of these float32 logits alive at once: log-probabilities, and the gradients of them and of the logits.
 LOGITS_COPIES = 3
@@ -110,9 +107,9 @@ def activation_bytes(
 ) -> tuple[float, float]:
     """(activations, logits) of a rank at the moment of the backward pass when most is alive."""
     block = block_bytes(work, layout)
-    runs = layer_runs(work.depth, layout.pipeline * layout.virtual)
+    runs = split_layers(work.depth, layout.pipeline * layout.virtual)
     mine = rank_runs(pipeline_rank, layout.pipeline, layout.virtual)
-    layers = max(len(runs[run]) for run in mine)  # the larger of its runs, which differ by one at most
+    layers = max(len(runs[run].layers) for run in mine)  # the larger of its runs, which differ by one at most
     kept = in_flight(layout, pipeline_rank) * layers * block.kept(layout.recompute)
     if layout.pipeline > 1:  # received and sent activations of every micro-batch in flight
         rows = work.tokens + 7

@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hmar_mega.model.stage import split_layers
 from hmar_mega.planning.cluster import Cluster
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.memory import stage_state
 from hmar_mega.planning.rates import attention_seconds
-from hmar_mega.planning.tensors import layer_runs, rank_runs
+from hmar_mega.planning.tensors import rank_runs
 from hmar_mega.planning.workload import Workload
 
 #: Bytes read and written a position and channel by a block's operations between products and attention kernels, in bf16
@@ -189,9 +190,9 @@ class _Stage:
 
 def _stage(work: Workload, layout: Layout, cluster: Cluster, rank: int) -> _Stage:
     e = work.element
-    runs = layer_runs(work.depth, layout.pipeline * layout.virtual)
+    runs = split_layers(work.depth, layout.pipeline * layout.virtual)
     mine = rank_runs(rank, layout.pipeline, layout.virtual)
-    numbers = [number for run in mine for number in runs[run]]
+    numbers = [number for run in mine for number in runs[run].layers]
     head, layers, t = len(runs) - 1 in mine, len(numbers), layout.tensor
     width, positions = work.width, work.tokens * layout.micro_batch
     local = -(-work.tokens // layout.sequence_parts) * layout.micro_batch

@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from hmar_mega.planning.activations import LOGITS_CHUNK_BYTES, activation_bytes
+from hmar_mega.model.hmar import LOGITS_CHUNK_BYTES
+from hmar_mega.planning.activations import activation_bytes
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.tensors import rank_parameters
 from hmar_mega.planning.workload import ELEMENT, Workload

@@ -11,7 +11,8 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
-from hmar_mega.planning import activations, cost, memory
+from hmar_mega.model.hmar import LOGITS_CHUNK_BYTES
+from hmar_mega.planning import cost, memory
 from hmar_mega.planning.cluster import GIB, Cluster
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.layouts import Plan
@@ -246,8 +247,8 @@ def _point_cells(curve: Curve, point: Point, cluster: Cluster) -> list[str]:
 
 def assumptions(report: Report) -> list[str]:
     """What the figures stand on."""
-    c, chunk = report.cluster, activations.LOGITS_CHUNK_BYTES
-    logits = "whole" if chunk is None else f"in chunks of {chunk / 2**20:.0f} MiB"
+    c = report.cluster
+    logits = f"in chunks of {LOGITS_CHUNK_BYTES / 2**20:.0f} MiB"
     return [
         "weights, gradients and optimizer are counted exactly as DeepSpeed 0.19.8 lays them; a GPU may allocate its "
         f"{c.memory_gib:g} GiB less {c.reserved_gib:g} for CUDA and NCCL and {c.fragmentation:.0%} lost to fragments",

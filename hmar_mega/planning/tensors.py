@@ -13,6 +13,7 @@ from functools import cache
 import torch
 
 from hmar_mega.model.hmar import decays, pad_to_multiple
+from hmar_mega.model.stage import BALLAST, split_layers
 from hmar_mega.planning.workload import Workload
 
 
@@ -37,13 +38,6 @@ class ParameterShape:
         return math.prod(self.shape)
 
 
-def layer_runs(depth: int, runs: int) -> list[range]:
-    """Layers of each run: sizes differ by at most one, larger runs first."""
-    size, larger = divmod(depth, runs)
-    starts = [s * size + min(s, larger) for s in range(runs + 1)]
-    return [range(starts[s], starts[s + 1]) for s in range(runs)]
-
-
 def rank_runs(pipeline_rank: int, pipeline: int, virtual: int) -> list[int]:
     """Runs on a pipeline rank: run s is on rank s mod pp, as its chunk s div pp."""
     return [chunk * pipeline + pipeline_rank for chunk in range(virtual)]
@@ -54,12 +48,12 @@ def rank_parameters(
     work: Workload, tensor: int = 1, pipeline: int = 1, virtual: int = 1, pipeline_rank: int = 0
 ) -> tuple[ParameterShape, ...]:
     """The parameters of one rank; tensor-parallel ranks of a stage hold equally shaped ones."""
-    runs = layer_runs(work.depth, pipeline * virtual)
+    runs = split_layers(work.depth, pipeline * virtual)
     mine = rank_runs(pipeline_rank, pipeline, virtual)
     found: list[tuple[str, tuple[int, ...]]] = []
     if 0 in mine:
         found += _embeddings(work, tensor)
-    numbers = [number for run in mine for number in runs[run]]
+    numbers = [number for run in mine for number in runs[run].layers]
     mask_layers = range(work.depth - work.mask_layers, work.depth)
     for number in numbers:
         found += _prefixed(f"blocks.{number}", _block(work, tensor))
@@ -71,12 +65,15 @@ def rank_parameters(
                 found += _prefixed(f"mask_blocks.{number}", _block(work, tensor))
         if len(runs) - 1 in mine:
             found += _prefixed("mask_head", _head(work, tensor))
-    return tuple(
-        ParameterShape(
-            name, shape, decays(name, torch.empty(shape, device="meta")), not work.masked or name.startswith("mask_")
-        )
-        for name, shape in found
-    )
+    held = [_parameter(name, shape, not work.masked or name.startswith("mask_")) for name, shape in found]
+    if pipeline > 1:
+        trained = {p.decays for p in held if p.trained}
+        held += [p for p in (_parameter(*item, True) for item in BALLAST.items()) if p.decays not in trained]
+    return tuple(held)
+
+
+def _parameter(name: str, shape: tuple[int, ...], trained: bool) -> ParameterShape:
+    return ParameterShape(name, shape, decays(name, torch.empty(shape, device="meta")), trained)
 
 
 def parameter_count(work: Workload) -> int:

@@ -20,6 +20,7 @@ from hmar_mega.planning.workload import Workload, with_tokenizer
 pytestmark = pytest.mark.dist
 
 TENSOR = "parallel.tensor_parallel=2"
+PIPELINE = ("parallel.pipeline_parallel=2", "model.depth=4", "data.micro_batch_size=2")
 
 #: Processes and settings.
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -34,6 +35,10 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "tensor_zero2_bf16": (4, (TENSOR, "parallel.zero_stage=2", "precision.compute=bf16", "data.micro_batch_size=2")),
     "masked_zero1_bf16": (2, ("stage.name=masked", "precision.compute=bf16")),
     "masked_zero3": (2, ("stage.name=masked", "parallel.zero_stage=3")),
+    "average": (2, ("optim.ema_decay=0.9", "precision.compute=bf16")),
+    "pipeline": (4, (*PIPELINE, "precision.compute=bf16")),
+    "virtual": (2, (*PIPELINE, "parallel.virtual_pipeline_parallel=2", "model.shared_aln=true")),
+    "masked_pipeline": (2, (*PIPELINE, "stage.name=masked", "model.mask_layers=2")),
 }
 
 
@@ -42,8 +47,9 @@ def test_planned_bytes_are_those_of_the_engine_after_a_step(tmp_path: Path, unev
     world, settings = CASES[case]
     config = with_tokenizer(tiny_config(uneven_inputs, tmp_path, *settings))
     work, layout = Workload.of(config), Layout.of(config, world)
-    planned = memory_of(work, layout, 0)
     for measured in run_ranks(world, held_after_a_step, config):
+        planned = memory_of(work, layout, measured["pp_rank"])
+        assert measured["ema"] == planned.ema
         assert measured["weights"] == planned.weights
         assert measured["optimizer"] == planned.optimizer
         if measured["gradients"]:  # other optimizers hold none between steps
@@ -102,13 +108,13 @@ def held_after_a_step(config: Config) -> dict[str, int]:
     data = ShardReader(Path(str(config.data.train)), "tokens")
     with parallel_world(config) as dims:
         engine, _, _ = _build_engine(config, Path("unused"), dims, Schedule.of(config, len(data)), None)
-        objective = Objective(config, tokenizer.quantizer, engine.model.layers, dims.device)  # type: ignore[union-attr]
+        objective = Objective(config, tokenizer.quantizer, dims.device)
         micro = micro_batch_size(config, dims.data_parallel)
         loader = StreamLoader(
             data, SampleOrder(len(data), 0), config.data.global_batch_size, micro, dims.dp_rank, dims.data_parallel,
             workers=0,
         )  # fmt: skip
-        engine.train_step(next(loader), lambda b: objective.training(engine.deepspeed, b).loss.mean())
+        engine.train_step(next(loader), objective)
         loader.close()
         zero = engine.zero
         masters = flat_masters(zero)
@@ -121,6 +127,8 @@ def held_after_a_step(config: Config) -> dict[str, int]:
             "weights": storage_bytes(weights_of(engine.model)),
             "optimizer": storage_bytes([*masters, *moments]),
             "gradients": storage_bytes(gradients),
+            "ema": storage_bytes(engine._ema),
+            "pp_rank": dims.pp_rank,
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -18,14 +19,22 @@ EVERY_KIND = ["single", "tensor2_data2_zero2", "sequence2_data2_zero3", "pipelin
 CLOSE = {"bf16": 2e-3, "fp16": 5e-4}
 
 
-def probe_rank(config: Config, fp16_on_cpu: bool = False) -> dict[str, Any]:
-    """Train; the format in which gradients add up, the loss scale at the end and the steps skipped."""
+def probe_rank(config: Config, fp16_on_cpu: bool = False, loss_factor: float = 1.0) -> dict[str, Any]:
+    """Train on a loss so many times larger; the format in which gradients add up, the loss scale at the end and the steps skipped."""
     import deepspeed
 
     from hmar_mega import loop
+    from hmar_mega.objective import Objective
 
     if fp16_on_cpu:  # DeepSpeed refuses it there, though torch computes in it
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
+    scores_of = Objective.scores
+
+    def larger(self: Objective, *given: Any) -> Any:
+        scores = scores_of(self, *given)
+        return dataclasses.replace(scores, loss=loss_factor * scores.loss)
+
+    Objective.scores = larger
     honest, found = loop.train, {}
 
     def probed(run: loop.Run) -> None:
@@ -70,13 +79,12 @@ def test_fp16_is_close_to_float32(inputs, float32, tmp_path, layout):
 
 @pytest.mark.parametrize("layout", ["single", "pipeline2_tensor2", "sequence2_data2_zero3"])
 def test_fp16_halves_the_loss_scale_where_gradients_overflow_and_skips_the_step(inputs, tmp_path, layout):
-    """Weights of the loss do not matter here: 4 096 times the rates of a head that starts 4 096 times too large."""
+    """A loss 300 times as large, times 65 536, is beyond fp16."""
     world, settings = LAYOUTS[layout]
     config = tiny_config(
         inputs, tmp_path / "run", *settings, "precision.compute=fp16", "optim.max_steps=4", "optim.base_lr=1e-30",
-        "model.gamma_init=60",
     )  # fmt: skip
-    found = run_ranks(world, probe_rank, config, True)
+    found = run_ranks(world, probe_rank, config, True, 300.0)
     assert len({(f["loss_scale"], f["skipped"]) for f in found}) == 1
     assert found[0]["skipped"] >= 1
     assert found[0]["loss_scale"] == 2.0 ** (16 - found[0]["skipped"])

@@ -14,12 +14,13 @@ from hmar_mega.engine import micro_batch_size
 from hmar_mega.errors import UserError
 from hmar_mega.model.hmar import HMAR, decays
 from hmar_mega.model.layers_torch import TorchLayers
+from hmar_mega.model.stage import BALLAST
 from hmar_mega.planning import activations, layout, rates
 from hmar_mega.planning.cluster import Cluster, load_cluster, packaged_clusters
 from hmar_mega.planning.cost import bubble_fraction, cost_of, link, ring_bytes
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.memory import memory_of, rank_state
-from hmar_mega.planning.tensors import layer_runs, parameter_count, rank_parameters, rank_runs
+from hmar_mega.planning.tensors import parameter_count, rank_parameters, rank_runs
 from hmar_mega.planning.workload import Workload
 
 TINY = [
@@ -80,7 +81,9 @@ def test_ranks_hold_the_model_between_them(tensor: int, pipeline: int, virtual: 
     """Every parameter is on one pipeline rank; tensor-parallel parts make the whole, but for replicas and padding."""
     work = work_of(None, *TINY, "model.depth=12", *(["stage.name=masked"] if masked else []))
     whole = {p.name: p for p in rank_parameters(work)}
-    parts = [p for rank in range(pipeline) for p in rank_parameters(work, tensor, pipeline, virtual, rank)]
+    held = [p for rank in range(pipeline) for p in rank_parameters(work, tensor, pipeline, virtual, rank)]
+    parts = [p for p in held if p.name not in BALLAST]
+    assert masked or parts == held
     assert sorted(p.name for p in parts) == sorted(whole)
     for part in parts:
         ratio = part.numel * tensor / whole[part.name].numel
@@ -90,19 +93,14 @@ def test_ranks_hold_the_model_between_them(tensor: int, pipeline: int, virtual: 
         assert ratio in (1, tensor) or (padded and 1 <= ratio < 1.2)
 
 
-@given(depth=st.integers(1, 64), pipeline=st.integers(1, 8), virtual=st.integers(1, 4))
-def test_runs_differ_by_one_layer_and_larger_ones_come_first(depth: int, pipeline: int, virtual: int) -> None:
-    runs = layer_runs(depth, pipeline * virtual)
-    sizes = [len(run) for run in runs]
-    assert [layer for run in runs for layer in run] == list(range(depth))
-    assert sizes == sorted(sizes, reverse=True)
-    assert max(sizes) - min(sizes) <= 1
-    assert sorted(s for rank in range(pipeline) for s in rank_runs(rank, pipeline, virtual)) == list(range(len(runs)))
+@given(pipeline=st.integers(1, 8), virtual=st.integers(1, 4))
+def test_every_run_lies_on_one_rank(pipeline: int, virtual: int) -> None:
+    on_ranks = sorted(s for rank in range(pipeline) for s in rank_runs(rank, pipeline, virtual))
+    assert on_ranks == list(range(pipeline * virtual))
 
 
 def test_the_second_of_two_ranks_with_two_chunks_has_the_second_and_the_last_run() -> None:
     assert rank_runs(1, 2, 2) == [1, 3]
-    assert layer_runs(7, 4) == [range(2), range(2, 4), range(4, 6), range(6, 7)]
 
 
 # State
