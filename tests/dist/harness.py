@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -89,6 +90,14 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
             report = "\n".join(rank.report() for rank in ranks)
             raise RanksFailed(f"{function.__name__} on {world} ranks:\n{report}", [r.process.exitcode for r in ranks])
         return [rank.result for rank in ranks]
+
+
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def shared_memory_names(port: int, world: int) -> list[str]:
