@@ -59,8 +59,9 @@ def cpu_for_cuda() -> Iterator[None]:
 def mcore_on_cpu() -> Iterator[None]:
     """Where there is no CUDA, have all of mcore's training run on the CPU; elsewhere do nothing.
 
-    Beside `cpu_for_cuda` and `cpu_tensors` this covers mcore's `DistributedDataParallel`, its optimizers (the
-    distributed one too) and `dist_checkpointing`. Not for DeepSpeed, which asks tensors for their type and needs the true one.
+    Beside `cpu_for_cuda` and `cpu_tensors` this covers mcore's `DistributedDataParallel`, its optimizers (also the
+    distributed one) and `dist_checkpointing`. Not for DeepSpeed, which asks tensors for their type and needs the true
+    one.
     """
     with cpu_for_cuda(), nullcontext() if torch.cuda.is_available() else _CpuOptimizer():
         yield

@@ -2,9 +2,9 @@
 DeepSpeed take. `examples/megatron_loop.py` and `examples/deepspeed_script.py` use it.
 
 With Megatron: `model_provider` and `dataset_provider` (bound to a configuration with `functools.partial`) and
-`forward_step` are what `megatron.training.pretrain` asks for, and what a loop over mcore's schedules needs. Gradients of
-layers split by tensor or sequence parallelism are complete when autograd is done, so mcore's
-`finalize_model_grads` has only data parallelism left to do.
+`forward_step` are what `megatron.training.pretrain` asks for, and what a loop over mcore's schedules needs. Gradients
+of layers split by tensor or sequence parallelism are complete when autograd is done, so mcore's `finalize_model_grads`
+has only data parallelism left to do.
 
 With DeepSpeed: `deepspeed.initialize(model=model_provider(config), mpu=mpu, …)`; `forward_step` takes its engine too.
 
@@ -19,7 +19,13 @@ from hmar_mega.parallel.dims import parallel_world
 from hmar_mega.parallel.mpu import MpuAdapter
 from hmar_mega.plugin.layer import HMARLayer, layer_spec
 from hmar_mega.plugin.model import StageModel, model_provider, run_config
-from hmar_mega.plugin.optimizer import apply_schedule, no_decay_overrides, parameter_groups
+from hmar_mega.plugin.optimizer import (
+    apply_schedule,
+    load_optimizer_state,
+    no_decay_overrides,
+    parameter_groups,
+    prepare_to_load,
+)
 from hmar_mega.plugin.steps import forward_step, make_forward_step
 from hmar_mega.plugin.streams import Streams, TokenStream, batch_iterator, dataset_provider, num_micro_batches
 
@@ -28,6 +34,7 @@ mpu = MpuAdapter()
 
 __all__ = [
     "HMARLayer", "StageModel", "Streams", "TokenStream", "apply_schedule", "batch_iterator", "cpu_for_cuda",
-    "dataset_provider", "forward_step", "layer_spec", "make_forward_step", "mcore_on_cpu", "model_provider", "mpu",
-    "no_decay_overrides", "num_micro_batches", "parallel_world", "parameter_groups", "quiet_deepspeed", "run_config",
+    "dataset_provider", "forward_step", "layer_spec", "load_optimizer_state", "make_forward_step", "mcore_on_cpu",
+    "model_provider", "mpu", "no_decay_overrides", "num_micro_batches", "parallel_world", "parameter_groups",
+    "prepare_to_load", "quiet_deepspeed", "run_config",
 ]  # fmt: skip

@@ -22,7 +22,7 @@ def sharded_parameters(
     """Every parameter of `module` as `ShardedTensor`, or as a factory of several.
 
     Stacked matrices that are split alike (q, k and v of the packed projection) are a factory of one shard each. Tables
-    padded to a multiple of the tensor-parallel size are loaded at another size with `allow_shape_mismatch`; padding is 0.
+    padded to a multiple of the tensor-parallel size are loaded at another size with `allow_shape_mismatch`.
 
     Args:
         prefix: of the entries' names, which are those of `module.state_dict(prefix=prefix)`.
