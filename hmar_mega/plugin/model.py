@@ -98,6 +98,7 @@ def model_provider(
         vp_stage: number of the chunk of layers under virtual pipeline parallelism.
 
     Raises:
+        UserError: for sizes that are not those of `parallel_state`.
         ValueError: when `pre_process` or `post_process` is not what this rank's stage has.
     """
     config = run_config(config)
@@ -106,6 +107,18 @@ def model_provider(
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_world_size(),
     )
+    given = (parallel_state.get_tensor_model_parallel_world_size(), size)
+    if given != (parallel.tensor_parallel, parallel.pipeline_parallel):
+        raise UserError(
+            f"parallel_state was set up with tensor- and pipeline-parallel sizes {given}, but the configuration says "
+            f"{(parallel.tensor_parallel, parallel.pipeline_parallel)}; give initialize_model_parallel the sizes of "
+            "config.parallel"
+        )
+    if (vp_stage is None) != (parallel.virtual_pipeline_parallel == 1):
+        raise UserError(
+            f"vp_stage={vp_stage} with virtual_pipeline_parallel={parallel.virtual_pipeline_parallel}; give each chunk "
+            "of layers its number from 0, or None where there is one chunk"
+        )
     stages = split_layers(config.model.depth, size * parallel.virtual_pipeline_parallel)
     stage = stages[(vp_stage or 0) * size + rank]
     if (pre_process, post_process) != (stage.first, stage.last):

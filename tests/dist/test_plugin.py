@@ -20,6 +20,7 @@ import pytest
 import torch
 from harness import run_ranks
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.spec_utils import build_module
 from runs import Inputs, Outcome, tiny_config, train
 from torch import Tensor
@@ -113,6 +114,47 @@ def test_an_example_on_several_processes_gives_the_losses_of_train(
     assert_same_losses("".join(printed), reference)
 
 
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory, uneven_inputs) -> tuple[tuple[str, ...], Outcome]:
+    """Settings of the second stage of training, and its run in one process."""
+    folder = tmp_path_factory.mktemp("masked")
+    train(uneven_inputs, folder / "first", "single")
+    settings = ("stage.name=masked", "model.drop_path_rate=0.4", f"run.init_from={folder / 'first'}")
+    return settings, train(uneven_inputs, folder / "run", "single", *settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("megatron_loop.py", (PIPELINE2, MICRO2)), ("deepspeed_script.py", (TENSOR2,))]
+)
+def test_the_masked_stage_starts_from_the_run_it_is_told_to(tmp_path, uneven_inputs, masked, name, settings):
+    given, expected = masked
+    config = write_config(uneven_inputs, tmp_path, *given, *settings)
+    assert_same_losses("".join(run_ranks(2, example_rank, name, config)), expected)
+
+
+def interleaved_rank(config: Config) -> list[float]:
+    """Losses of a step's micro-batches over two chunks of layers a rank, through mcore's interleaved schedule."""
+    with plugin.parallel_world(config), plugin.mcore_on_cpu():
+        setup = Setup(config)
+        streams = [plugin.batch_iterator(config) for _ in setup.stages]
+        figures = get_forward_backward_func()(
+            forward_step_func=plugin.forward_step, data_iterator=streams, model=setup.models,
+            num_microbatches=plugin.num_micro_batches(config), seq_length=setup.stages[0].sequence_length,
+            micro_batch_size=streams[0].micro_batch_size,
+        )  # fmt: skip
+        return [float(figure["lm loss"]) for figure in figures]
+
+
+def test_virtual_stages_go_through_the_interleaved_schedule(tmp_path, uneven_inputs):
+    deep = ("model.depth=4", MICRO2)
+    expected = train(uneven_inputs, tmp_path / "single", "single", *deep).losses[0]
+    settings = (PIPELINE2, "parallel.virtual_pipeline_parallel=2")
+    first, last = run_ranks(2, interleaved_rank, tiny_config(uneven_inputs, tmp_path / "run", *deep, *settings))
+    assert first == []
+    assert len(last) == 4
+    assert sum(last) / 4 == pytest.approx(expected, rel=0, abs=TOLERANCE)
+
+
 #: How mcore's checkpoints are written and read here.
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "single": (1, ()),
@@ -144,11 +186,11 @@ class Setup:
         virtual = config.parallel.virtual_pipeline_parallel
         self.stages = [self._stage(config, n) for n in (range(virtual) if virtual > 1 else (None,))]
         sharing = DistributedDataParallelConfig(use_distributed_optimizer=True)
-        models = [DistributedDataParallel(stage.config, sharing, stage) for stage in self.stages]
+        self.models = [DistributedDataParallel(stage.config, sharing, stage) for stage in self.stages]
         settings = OptimizerConfig(
             optimizer="adam", lr=0.1, weight_decay=0.0, clip_grad=0.0, use_distributed_optimizer=True
         )
-        self.optimizer = get_megatron_optimizer(settings, models, plugin.no_decay_overrides())
+        self.optimizer = get_megatron_optimizer(settings, self.models, plugin.no_decay_overrides())
 
     @staticmethod
     def _stage(config: Config, number: int | None) -> plugin.StageModel:
