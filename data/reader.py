@@ -304,6 +304,11 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, dp_size: in
     )
     if global_batch_size < 1 or micro_batch_size < 1:
         raise UserError(f"{given}; both sizes must be at least 1")
+    micro_batches, cut = divmod(global_batch_size, micro_batch_size)
+    ranks = [] if cut else [d for d in range(1, micro_batches + 1) if micro_batches % d == 0]
+    near = [*[d for d in ranks if d < dp_size][-2:], *[d for d in ranks if d > dp_size][:2]]
+    if near:
+        given += f" ({' or '.join(map(str, near))} would fit)"
     below = global_batch_size // unit * unit
     fits = f"global_batch_size={f'{below} or ' if below else ''}{below + unit}"
     if global_batch_size % dp_size == 0:

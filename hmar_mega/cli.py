@@ -10,15 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hmar_mega import __version__
+from hmar_mega.checkpoint.cli import add_checkpoint_parser
 from hmar_mega.data.cli import add_data_parser
 from hmar_mega.errors import UserError
+from hmar_mega.interrupts import Interrupts
 from hmar_mega.parsers import add_command, add_config_arguments
+from hmar_mega.planning.cli import add_plan_parser
 from hmar_mega.progress import LogHandler
 from hmar_mega.tokenizer.cli import add_tokenizer_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 when training failed, 2 for bad input."""
+    """Run one command; returns the exit status: 0, 1 when training failed, 2 for bad input, 75 for "start me again"."""
     args = parse(argv)
     rank = int(os.environ.get("RANK", 0))
     _start_logging(rank)
@@ -67,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     add_data_parser(commands)
     add_tokenizer_parser(commands)
+    add_plan_parser(commands)
     _add_train(commands)
+    add_checkpoint_parser(commands)
     _add_export(commands)
     _add_sample(commands)
     _add_edit(commands)
@@ -110,16 +115,17 @@ def _run_train(args: argparse.Namespace) -> int:
     if args.print_config:
         print(config_to_yaml(config), end="")
         return 0
-    from hmar_mega.engine import TrainingError
-    from hmar_mega.train import train_from_config
+    with Interrupts() as interrupts:  # before the slow imports: a signal may come during them
+        from hmar_mega.engine import TrainingError
+        from hmar_mega.train import train_from_config
 
-    try:
-        train_from_config(config)
-    except TrainingError as err:  # the same in every process
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"hmar-mega: {err}", file=sys.stderr)
-        return 1
-    return 0
+        try:
+            train_from_config(config, interrupts)
+        except TrainingError as err:  # the same in every process
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"hmar-mega: {err}", file=sys.stderr)
+            return 1
+    return interrupts.status
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]

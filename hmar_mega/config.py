@@ -323,6 +323,9 @@ class CheckpointConfig(Section):
 
     interval: int = Field(1000, ge=1, description="optimizer steps")
     keep_last: int = Field(2, ge=1)
+    keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of so many steps stay for good")
+    asynchronous: bool = Field(True, description="train on while a copy is written; the next save waits for it")
+    verify: bool = Field(True, description="hash every file of the checkpoint that training goes on from")
 
 
 class EvalConfig(Section):
@@ -359,6 +362,9 @@ class RunConfig(Section):
     init_from: str | None = Field(None, description="run, checkpoint or exported model whose weights to start from")
     new_classes: bool = Field(False, description="start the class table afresh: fine-tuning on other classes")
     resume_from: str | None = Field(None, description="a checkpoint's name, such as step-00001000; default the latest")
+    peer_timeout: float = Field(
+        60, ge=0, description="seconds without a sign of life after which a process is given up as lost; 0 never"
+    )
     resume: bool = Field(True, description="continue when the run directory already has a checkpoint")
 
 

@@ -54,9 +54,10 @@ def config_to_yaml(config: Config) -> str:
 
 
 def packaged_configs() -> list[str]:
-    """The names `load_config` knows without a path, sorted."""
+    """The names `load_config` knows without a path, sorted; cluster descriptions are no configurations of runs."""
     root = Path(str(resources.files("hmar_mega.configs")))
-    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+    names = (p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("cluster/"))
 
 
 def _find(name_or_path: str | Path) -> Path:

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+#: Attributes of DeepSpeed's dynamic loss scaler that change while training.
+LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint is good."""
@@ -50,6 +53,11 @@ class Engine:
 
         from hmar_mega.parallel.mpu import MpuAdapter
 
+        if config.precision.compute == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+            raise UserError(
+                f"precision.compute=fp16 is not trained on {dims.device.type}: DeepSpeed has it on GPUs alone; "
+                "use precision.compute=bf16 or fp32"
+            )
         self.model, self.dims, self.schedule = model, dims, schedule
         micro = micro_batch_size(config, dims.data_parallel)
         self.batches = config.data.batch_plan
@@ -158,6 +166,20 @@ class Engine:
     def loss_scale(self) -> float:
         """By which float16 training multiplies the loss; 1 in other formats."""
         return float(getattr(self.zero, "loss_scale", 1.0))
+
+    def loss_scaler_state(self) -> dict[str, float] | None:
+        """Where float16's dynamic loss scaling stands; None in other formats."""
+        scaler = getattr(self.zero, "loss_scaler", None)
+        if not getattr(scaler, "dynamic", False):
+            return None
+        return {key: getattr(scaler, key) for key in LOSS_SCALER_STATE}
+
+    def restore_loss_scaler(self, state: dict[str, float] | None) -> None:
+        """Go on with the loss scaling of a checkpoint; from the beginning where it has none."""
+        scaler = getattr(self.zero, "loss_scaler", None)
+        if state is not None and getattr(scaler, "dynamic", False):
+            for key in LOSS_SCALER_STATE:
+                setattr(scaler, key, state[key])
 
     @contextlib.contextmanager
     def tables(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hmar_mega.checkpoint.canonical import point_to, save_checkpoint, step_name
-from hmar_mega.checkpoint.sources import BEST
+from hmar_mega.checkpoint.saver import CheckpointSaver, Outcome
 from hmar_mega.config import Config
 from hmar_mega.data.reader import StreamLoader
 from hmar_mega.engine import Engine, TrainingError
 from hmar_mega.flops import device_peak, train_flops_per_image
+from hmar_mega.interrupts import Stop, StopRequest
 from hmar_mega.metrics import MetricsLog
 from hmar_mega.objective import Objective, TokenBatch, per_scale_sums
+from hmar_mega.parallel.agreement import Agreement
 from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.parallel.pipeline import PipelineModel
 from hmar_mega.progress import track
@@ -36,16 +37,19 @@ SKIPPED_FILE = "skipped_steps.jsonl"
 class Sampler(Protocol):
     """Draws the sample grid of a step into a file."""
 
-    def __call__(self, path: Path) -> None:
-        """Sample with the run's fixed seeds and write a PNG."""
+    def __call__(self, path: Path, after_scale: Callable[[], None]) -> None:
+        """Sample with the run's fixed seeds and write a PNG; `after_scale` is called after each scale and may raise."""
 
 
 @dataclass
 class Progress:
-    """What the loop remembers besides weights: the best validation loss, and the step last saved."""
+    """What the loop remembers besides weights: the best validation losses, the step last saved, what is due."""
 
     best_loss: float = float("inf")
+    best_before: float = float("inf")
     saved_step: int = -1
+    evaluation_due: bool = False  #: put off when the run was asked to stop
+    settled: Outcome | None = None  #: of the last save whose end was heard of
 
 
 @dataclass
@@ -59,10 +63,12 @@ class Run:
     objective: Objective
     loader: StreamLoader
     validation: Any  #: () → iterable of TokenBatch, or None
-    validation_rounds: int  #: forwards that every rank makes in a validation, see `validation_losses`
+    validation_rounds: int  #: batches of the rank that has most of them in a validation
+    agreement: Agreement  #: whether the ranks stop
     sampler: Sampler | None
     last_step: int
     state: dict[str, Any]  #: what every checkpoint's state.json records
+    saver: CheckpointSaver
     metrics: MetricsLog | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -81,24 +87,38 @@ class Window:
 
 
 def train(run: Run) -> None:
-    """Train from `run.engine.step` to `run.last_step`."""
+    """Train from `run.engine.step` to `run.last_step`, or until the ranks agree to stop: then save what was done.
+
+    Raises:
+        TrainingError: when too many steps in a row are not finite, or the last checkpoint cannot be written.
+    """
     run.engine.model.train()
-    with track("training", run.last_step, enabled=run.dims.is_main, start=run.engine.step) as bar:
-        window = _open_window(run)
-        while run.engine.step < run.last_step:
-            window = _step(run, window)
-            bar.advance()
+    try:
+        run.agreement.check()  # asked while the run was set up: nothing is new, so nothing need be saved
+        if run.progress.evaluation_due:
+            _evaluate(run)
+        with track("training", run.last_step, enabled=run.dims.is_main, start=run.engine.step) as bar:
+            window = _open_window(run)
+            while run.engine.step < run.last_step:
+                window = _step(run, window)
+                bar.advance()
+    except StopRequest:
+        if run.dims.is_main:
+            log.info("stopped at step %d as asked; start the same command again to go on", run.engine.step)
+    _finish(run)
 
 
 def _step(run: Run, window: Window) -> Window:
     """One optimizer step and what is due after it; returns the window of the next log line."""
     config, engine = run.config, run.engine
+    run.agreement.begin()
     lr = engine.learning_rate
     batches = next(run.loader)
     window.waited += run.loader.wait_seconds
 
     window.grad_norm, scored = engine.train_step(batches, run.objective)
     losses = torch.stack([s.loss.detach().mean().double() for s in scored]) if scored else window.loss.new_zeros(0)
+    stop = run.agreement.end()
     if engine.skipped_in_a_row:
         _record_skipped(run, batches, losses)
     else:
@@ -113,9 +133,11 @@ def _step(run: Run, window: Window) -> Window:
         following = _open_window(run)
     paused = time.perf_counter()
     if step % config.eval.interval == 0 or done:
-        _evaluate(run)
-    if step % config.checkpoint.interval == 0 or done:
+        stop = _evaluate_unless(stop, run)
+    if step % config.checkpoint.interval == 0 or done or stop is not Stop.NONE:
         _save(run)
+    if stop is not Stop.NONE:
+        raise StopRequest(stop)
     following.started += time.perf_counter() - paused  # rates speak of training alone
     return following
 
@@ -136,8 +158,11 @@ def _record_skipped(run: Run, batches: Sequence[TokenBatch], losses: Tensor) -> 
         cause = "gradient" if all(f for *_, f in parts) else "loss"
         positions, keys = zip(*samples, strict=True)
         row = {"step": engine.step, "cause": cause, "positions": positions, "keys": keys}
-        with (run.folder / SKIPPED_FILE).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with (run.folder / SKIPPED_FILE).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as err:
+            log.warning("%s cannot be written (%s): %s", run.folder / SKIPPED_FILE, err.strerror, json.dumps(row))
         log.warning(
             "step %d | %s not finite: step skipped (%d in all, %d in a row, at most %d), its samples are in %s",
             engine.step, cause, engine.skipped, engine.skipped_in_a_row, limit, SKIPPED_FILE,
@@ -179,6 +204,7 @@ def _log_line(run: Run, window: Window, lr: float) -> None:
         "images_per_second": window.images / seconds,
         "data_wait": window.waited / seconds,
         "skipped_steps": engine.skipped,
+        "failed_saves": run.saver.failed_saves,
     }
     if config.precision.compute == "fp16":
         values["loss_scale"] = engine.loss_scale
@@ -198,30 +224,63 @@ def _log_line(run: Run, window: Window, lr: float) -> None:
     )  # fmt: skip
 
 
+def _evaluate_unless(stop: Stop, run: Run) -> Stop:
+    """Evaluate, unless the ranks stop before or meanwhile: then it is due when the run goes on. Gives why they stop."""
+    run.progress.evaluation_due = True
+    if stop is Stop.NONE:
+        try:
+            _evaluate(run)
+        except StopRequest as request:
+            return request.stop
+    return stop
+
+
 def _evaluate(run: Run) -> None:
-    """Validation losses, the best checkpoint and the sample grid."""
-    model, step = run.engine.model, run.engine.step
+    """Validation losses, the sample grid and the best checkpoint; nothing is recorded where the ranks stop meanwhile.
+
+    Raises:
+        StopRequest: between validation batches and between scales.
+    """
+    model, check = run.engine.model, run.agreement.check
     model.eval()
+    losses = None
     if run.validation is not None:
-        losses = validation_losses(run.objective, model, run.validation(), run.dims, run.validation_rounds)
-        if run.metrics is not None:
-            run.metrics.write("val", step, losses)
-            log.info(
-                "step %d | validation: all scales %.4f, last scale %.4f",
-                step,
-                losses["all_scales"],
-                losses["last_scale"],
-            )
-        if losses["all_scales"] < run.progress.best_loss:
-            run.progress.best_loss = losses["all_scales"]
-            checkpoint = _save(run)
-            if run.dims.is_main:
-                point_to(run.folder, BEST, checkpoint)
-    # under ZeRO-3 every rank holds a part of each weight, so all of them sample
-    if run.sampler is not None and (run.dims.dp_rank == 0 or run.engine.zero_stage == 3):
-        with run.engine.tables():
-            run.sampler(run.folder / "grids" / f"step-{step:08d}.png")
+        padded = run.engine.zero_stage == 3
+        losses = validation_losses(
+            run.objective, model, run.validation(), run.dims, run.validation_rounds, padded, check
+        )
+    if run.sampler is not None:
+        # under ZeRO-3 every rank holds a part of each weight, so all of them sample
+        if run.dims.dp_rank == 0 or run.engine.zero_stage == 3:
+            with run.engine.tables():
+                run.sampler(grid_path(run), check)
+        else:
+            for _ in range(run.objective.schedule.num_scales):
+                check()
+    if losses is not None:
+        _record_validation(run, losses)
+    run.progress.evaluation_due = False
     model.train()
+
+
+def grid_path(run: Run) -> Path:
+    """The file of this step's sample grid."""
+    return run.folder / "grids" / f"step-{run.engine.step:08d}.png"
+
+
+def _record_validation(run: Run, losses: dict[str, Any]) -> None:
+    """A line, a row of figures, and the checkpoint when it is the best so far."""
+    step = run.engine.step
+    if run.metrics is not None:
+        run.metrics.write("val", step, losses)
+        log.info(
+            "step %d | validation: all scales %.4f, last scale %.4f", step, losses["all_scales"], losses["last_scale"]
+        )
+    _settle(run)
+    if losses["all_scales"] < run.progress.best_loss:
+        run.progress.best_before, run.progress.best_loss = run.progress.best_loss, losses["all_scales"]
+        run.progress.evaluation_due = False
+        _save(run, best=True)
 
 
 def validation_losses(
@@ -229,23 +288,30 @@ def validation_losses(
     model: torch.nn.Module,
     batches: Iterable[TokenBatch],
     dims: ParallelDims,
-    rounds: int = 0,
+    rounds: int,
+    padded: bool,
+    after_batch: Callable[[], None],
 ) -> dict[str, Any]:
     """Mean cross-entropy in nats per token over all scales, at the last scale and at each; collective.
 
     In stage 2 the tokens are those that the mask leaves to predict; a scale without any counts nothing.
 
     Args:
-        rounds: forwards to make at least. ZeRO-3 gathers weights in every forward, so all ranks must make equally
-            many: what is missing is made with the last batch and not counted.
+        rounds: batches of the rank that has most of them.
+        padded: whether all ranks make equally many forwards, as ZeRO-3 needs, which gathers weights in each: what is
+            missing is made with the last batch and not counted.
+        after_batch: called equally often on every rank; what it raises ends the validation.
     """
     sums = torch.zeros(2, objective.schedule.num_scales, dtype=torch.float64, device=dims.device)
-    done = 0
-    for batch in batches:
-        sums += _batch_sums(objective, model, batch)
-        done += 1
-    for _ in range(done, rounds):
-        _batch_sums(objective, model, batch)
+    own = iter(batches)
+    for _ in range(rounds):
+        following = next(own, None)
+        if following is not None:
+            batch = following
+            sums += _batch_sums(objective, model, batch)
+        elif padded:
+            _batch_sums(objective, model, batch)
+        after_batch()
     dist.all_reduce(sums)
     totals, counts = sums.tolist()
     scales = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
@@ -264,20 +330,47 @@ def _batch_sums(objective: Objective, model: torch.nn.Module, batch: TokenBatch)
     return 0.0 if cross_entropy is None else per_scale_sums(objective.scores(cross_entropy, batch), objective)
 
 
-def _save(run: Run) -> Path:
-    """Write the checkpoint of this step, unless it was written a moment ago for being the best."""
-    name = run.folder / "checkpoints" / step_name(run.engine.step)
+def _save(run: Run, best: bool = False) -> None:
+    """Begin to write the checkpoint of this step, unless that was done a moment ago for being the best."""
     if run.progress.saved_step == run.engine.step:
-        return name
+        if best:
+            run.saver.mark_best()
+        return
+    _settle(run)
+    loss = run.progress.best_loss
     state = {
         **run.state,
         "images_seen": run.engine.images_seen,
         "finished": run.engine.step == run.last_step,
-        "best_loss": run.progress.best_loss if run.progress.best_loss < float("inf") else None,
+        "best_loss": loss if loss < float("inf") else None,
         "stream": run.loader.state(),
+        "evaluation_due": run.progress.evaluation_due,
     }
-    folder = save_checkpoint(run.folder, run.engine, state, run.config.checkpoint.keep_last)
+    run.saver.save(state, best)
     run.progress.saved_step = run.engine.step
-    if run.dims.is_main:
-        log.info("step %d | saved %s", run.engine.step, folder.name)
-    return folder
+
+
+def _settle(run: Run) -> Outcome | None:
+    """Wait for the save under way. Where the best checkpoint could not be written, the one before is still the best."""
+    outcome = run.saver.wait()
+    if outcome is not None and outcome is not run.progress.settled and outcome.error is not None and outcome.best:
+        run.progress.best_loss = run.progress.best_before
+    run.progress.settled = outcome
+    return outcome
+
+
+def _finish(run: Run) -> None:
+    """Wait for the last checkpoint, without which a run is not finished; what failed is tried once more."""
+    hoped = run.progress.best_loss
+    outcome = _settle(run)
+    if outcome is None or outcome.error is None:
+        return
+    run.progress.saved_step = -1
+    run.progress.best_loss = hoped
+    _save(run, outcome.best)
+    outcome = _settle(run)
+    if outcome is not None and outcome.error is not None:
+        raise TrainingError(
+            f"training reached step {run.engine.step}, but its checkpoint could not be written: {outcome.error}. Make "
+            "room and start the run again: it goes on from the last good checkpoint"
+        )

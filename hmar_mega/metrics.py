@@ -27,9 +27,7 @@ class MetricsLog:
 
     def __init__(self, run: Path, config: Config, resumed_step: int) -> None:
         self._path = run / "metrics.jsonl"
-        if self._path.exists():
-            kept = [r for r in read_metrics(run) if r["step"] <= resumed_step]
-            write_atomic(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+        drop_rows_after(self._path, resumed_step)
         self._file = self._path.open("a")
         self._tensorboard: Any = None
         if config.logging.tensorboard:
@@ -39,19 +37,32 @@ class MetricsLog:
         self._wandb = _start_wandb(run, config) if config.logging.wandb != "off" else None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Record one row of `kind` (`train`, `val`); numbers and lists of numbers are plotted."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        """Record one row of `kind` (`train`, `val`); numbers and lists of numbers are plotted.
+
+        A full disk does not end training: rows wait in memory, as many as fit, until there is room again.
+        """
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as err:
+            log.warning("step %d | %s cannot be written: %s; training goes on", step, self._path, err.strerror)
         flat = dict(_flatten(kind, values))
         if self._tensorboard is not None:
-            for name, value in flat.items():
-                self._tensorboard.add_scalar(name, value, step)
+            try:
+                for name, value in flat.items():
+                    self._tensorboard.add_scalar(name, value, step)
+            except OSError as err:
+                log.warning("step %d | TensorBoard's file cannot be written: %s; it ends here", step, err.strerror)
+                self._tensorboard = None
         if self._wandb is not None:
             self._wandb.log(flat, step=step)
 
     def close(self) -> None:
         """Flush and finish everything."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as err:
+            log.warning("the last rows of %s are lost: %s", self._path, err.strerror)
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -60,12 +71,23 @@ class MetricsLog:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    return _read_rows(run / "metrics.jsonl")
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Take the rows of later steps out of a file of JSON lines, if it exists: those steps are run again."""
+    if path.exists():
+        kept = [row for row in _read_rows(path) if row["step"] <= step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            log.warning("metrics.jsonl of %s has a line cut short; it is left out", run)
+            log.warning("%s of %s has a line cut short; it is left out", path.name, path.parent)
     return rows
 
 

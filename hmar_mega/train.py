@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from hmar_mega import loop
 from hmar_mega.checkpoint.canonical import load_optimizer, load_weights
-from hmar_mega.checkpoint.resume import check_origin, resumable
+from hmar_mega.checkpoint.resume import check_origin, last_checkpoint_name, resumable, verify_together
+from hmar_mega.checkpoint.saver import CheckpointSaver
 from hmar_mega.checkpoint.sources import CheckpointReader, open_weights
 from hmar_mega.config import Config
 from hmar_mega.config_io import config_to_yaml
@@ -28,13 +29,17 @@ from hmar_mega.engine import Engine, micro_batch_size
 from hmar_mega.errors import UserError
 from hmar_mega.files import check_writable, write_atomic
 from hmar_mega.inference.grid import GridSampler
-from hmar_mega.metrics import MetricsLog, require_wandb
+from hmar_mega.interrupts import Interrupts
+from hmar_mega.metrics import MetricsLog, drop_rows_after, read_metrics, require_wandb
 from hmar_mega.model.hmar import HMAR, mask_branch_names
 from hmar_mega.model.layers_mcore import McoreLayers
 from hmar_mega.model.stage import Stage, split_layers
 from hmar_mega.objective import Objective
+from hmar_mega.parallel.agreement import Agreement
 from hmar_mega.parallel.dims import ParallelDims, parallel_world
+from hmar_mega.parallel.liveness import watch_peers
 from hmar_mega.parallel.pipeline import PipelineModel
+from hmar_mega.run_lock import run_lock
 from hmar_mega.schedules import Schedule
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 from hmar_mega.versions import git_revision, installed_versions
@@ -44,8 +49,11 @@ log = logging.getLogger(__name__)
 MAX_EVAL_SAMPLES = 50_000
 
 
-def train_from_config(config: Config) -> Path:
+def train_from_config(config: Config, interrupts: Interrupts | None = None) -> Path:
     """Train as `config` says, in every process that torchrun started.
+
+    Args:
+        interrupts: signals that ask the run to save and stop; its `status` then says how. Default none.
 
     Returns:
         The run directory.
@@ -62,29 +70,58 @@ def train_from_config(config: Config) -> Path:
     if validation is not None:
         _check_classes(config, data, validation)
     config = with_resolved(config, tokenizer)
-    reader = resumable(config, folder, tokenizer.fingerprint)
-    if reader is None:
+    if resumable(config, folder, tokenizer.fingerprint) is None:
         check_origin(config, tokenizer.fingerprint)
-    with parallel_world(config) as dims:
+    with (
+        parallel_world(config) as dims,
+        watch_peers(dims, config.run.peer_timeout, lambda: last_checkpoint_name(folder)),
+        run_lock(folder, dims),
+    ):
+        reader = resumable(config, folder, tokenizer.fingerprint)  # again, now that nobody else writes there
         schedule = Schedule.of(config, len(data))
         plan = config.data.batch_plan
         last_step = plan.steps_for(schedule.total_steps * plan.full)
         last_step = min(last_step, config.optim.max_steps or last_step)
         tokenizer = tokenizer.to(dims.device)
+        if reader is not None and config.checkpoint.verify:
+            verify_together(reader.folder, dims)
         engine, start, best = _build_engine(config, folder, dims, schedule, reader)
-        run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step)
+        agreement = Agreement(interrupts or Interrupts(), dims)
+        run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step, agreement)
         run.progress.best_loss = best
+        run.saver.failed_saves = int(reader.state.get("failed_saves", 0)) if reader is not None else 0
         if dims.is_main and engine.step < last_step:
             _write_run_files(config, folder, run.state)
         if dims.is_main:
             run.metrics = MetricsLog(folder, config, start)
+            drop_rows_after(folder / loop.SKIPPED_FILE, start)
+        if reader is not None:
+            run.progress.saved_step = start
+            run.progress.evaluation_due = _evaluation_due(run, reader)
         dist.barrier()
         with contextlib.closing(run.metrics) if run.metrics is not None else contextlib.nullcontext():
             if engine.step >= last_step and dims.is_main:
                 log.info("run %s is already finished at step %d", folder, engine.step)
-            loop.train(run)
+            try:
+                loop.train(run)
+            finally:
+                run.saver.close()
         run.loader.close()
     return folder
+
+
+def _evaluation_due(run: loop.Run, reader: CheckpointReader) -> bool:
+    """Whether the evaluation of the checkpoint's step was put off and not made up for; the same on all ranks."""
+    if not reader.state.get("evaluation_due"):
+        return False
+    due = [False]
+    if run.dims.is_main and run.validation is not None:
+        rows = read_metrics(run.folder)
+        due = [not any(row["kind"] == "val" and row["step"] == run.engine.step for row in rows)]
+    elif run.dims.is_main and run.sampler is not None:
+        due = [not loop.grid_path(run).exists()]
+    dist.broadcast_object_list(due, src=0)
+    return due[0]
 
 
 def build_model(config: Config, layers: Any, stage: Stage | None = None) -> HMAR:
@@ -139,7 +176,9 @@ def _build_engine(
 def initialise(model: HMAR | PipelineModel, config: Config, dims: ParallelDims) -> None:
     """Weights from another run; the mask branch of a next-scale model starts from its last blocks and head."""
     path = str(config.run.init_from)
-    source = open_weights(path)
+    source = open_weights(path, verify=False)
+    if config.checkpoint.verify and isinstance(source, CheckpointReader):
+        verify_together(source.folder, dims)
     renames: dict[str, str] = {}
     if model.has_mask_branch and "mask_embed" not in source.shapes:
         renames = {**mask_branch_names(n for n, _ in model.named_parameters()), "mask_embed": ""}
@@ -154,11 +193,12 @@ def initialise(model: HMAR | PipelineModel, config: Config, dims: ParallelDims) 
 
 def _assemble(
     config: Config, folder: Path, dims: ParallelDims, engine: Engine, tokenizer: MultiScaleVQVAE,
-    data: ShardReader, validation: ShardReader | None, last_step: int,
+    data: ShardReader, validation: ShardReader | None, last_step: int, agreement: Agreement,
 ) -> loop.Run:  # fmt: skip
     loader = StreamLoader(
         data, SampleOrder(len(data), config.run.seed), config.data.batch_plan,
-        micro_batch_size(config, dims.data_parallel), dims.dp_rank, dims.data_parallel, start_position=engine.images_seen, workers=config.data.workers,
+        micro_batch_size(config, dims.data_parallel), dims.dp_rank, dims.data_parallel,
+        start_position=engine.images_seen, workers=config.data.workers,
     )  # fmt: skip
     batches, rounds = None, 0
     if validation is not None:
@@ -166,18 +206,17 @@ def _assemble(
         batches = functools.partial(
             eval_batches, validation, config.eval.batch_size, dims.dp_rank, dims.data_parallel, limit
         )
-        if config.parallel.zero_stage == 3:
-            if limit < dims.data_parallel:
-                raise UserError(
-                    f"{limit} validation samples are fewer than the {dims.data_parallel} data-parallel processes, each "
-                    "of which needs one under zero_stage=3; raise eval.num_samples or use zero_stage=2"
-                )
-            rounds = math.ceil(math.ceil(limit / dims.data_parallel) / config.eval.batch_size)
+        if config.parallel.zero_stage == 3 and limit < dims.data_parallel:
+            raise UserError(
+                f"{limit} validation samples are fewer than the {dims.data_parallel} data-parallel processes, each "
+                "of which needs one under zero_stage=3; raise eval.num_samples or use zero_stage=2"
+            )
+        rounds = math.ceil(math.ceil(limit / dims.data_parallel) / config.eval.batch_size)
     model: Any = engine.model
     return loop.Run(
         config=config, folder=folder, dims=dims, engine=engine,
         objective=Objective(config, tokenizer.quantizer, dims.device),
-        loader=loader, validation=batches, validation_rounds=rounds,
+        loader=loader, validation=batches, validation_rounds=rounds, agreement=agreement,
         sampler=GridSampler(model, tokenizer, config, dims.is_main) if config.eval.grid_count else None,
         last_step=last_step,
         state={
@@ -187,7 +226,9 @@ def _assemble(
             "classes": list(data.index.classes),
             "versions": installed_versions(),
             "revision": git_revision(),
+            "layout": {"processes": dims.world_size, **config.parallel.model_dump(mode="json")},
         },
+        saver=CheckpointSaver(folder, engine, config.checkpoint),
     )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ def export_run(
             f"run {run} has no checkpoint {which!r} ({what}); train it first: hmar-mega train CONFIG run.dir={run}"
         )
     reader = CheckpointReader(folder)
+    reader.verify()
     state = reader.state
     latest = reader if which == LATEST else CheckpointReader(find_checkpoint(run) or folder)
     if not latest.state["finished"] and not allow_unfinished:

@@ -7,6 +7,7 @@ dim 0 where stacked matrices are split alike (q, k and v of the packed projectio
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,36 @@ class Box:
     def slices_in(self, outer: Box) -> tuple[slice, ...]:
         """Index of this block inside a tensor that holds `outer`."""
         return tuple(slice(o - b, o - b + n) for o, b, n in zip(self.offset, outer.offset, self.shape, strict=True))
+
+    def rows(self, first: int, last: int) -> tuple[Box, int]:
+        """The smallest run of whole rows that holds the elements `first` … `last` − 1, and the element it begins with.
+
+        A row is what follows the first dimension that is longer than 1.
+        """
+        dim = next((d for d, n in enumerate(self.shape) if n > 1), None)
+        if dim is None:
+            return self, 0
+        row = math.prod(self.shape[dim + 1 :])
+        top, bottom = first // row, -(-last // row)
+        offset = tuple(o + top if d == dim else o for d, o in enumerate(self.offset))
+        shape = tuple(bottom - top if d == dim else n for d, n in enumerate(self.shape))
+        return Box(offset, shape), top * row
+
+    def span_of(self, inner: Box) -> tuple[int, int]:
+        """First element, and one past the last, of the rows of this block that hold the block `inner` of it."""
+        dim = next((d for d, n in enumerate(self.shape) if n > 1), None)
+        if dim is None:
+            return 0, self.numel
+        row, top = math.prod(self.shape[dim + 1 :]), inner.offset[dim] - self.offset[dim]
+        return top * row, (top + inner.shape[dim]) * row
+
+    def stripes(self, first: int, last: int, elements: int) -> Iterator[tuple[Box, int]]:
+        """Cut the rows that hold `first` … `last` − 1 into runs of about `elements`; each with its first element."""
+        dim = next((d for d, n in enumerate(self.shape) if n > 1), None)
+        row = math.prod(self.shape[dim + 1 :]) if dim is not None else self.numel
+        step = max(1, elements // row) * row
+        for start in range(first, last, step):
+            yield self.rows(start, min(last, start + step))
 
 
 def whole(shape: tuple[int, ...]) -> Box:

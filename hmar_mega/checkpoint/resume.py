@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from hmar_mega.checkpoint.sources import LATEST, CheckpointReader, find_checkpoint, open_weights
+import torch.distributed as dist
+
+from hmar_mega.checkpoint.checksums import Damage, describe, find_damage, read_sums
+from hmar_mega.checkpoint.sources import LATEST, CheckpointReader, earlier_whole, find_checkpoint, open_weights
 from hmar_mega.config import Config
 from hmar_mega.errors import UserError
+from hmar_mega.parallel.dims import ParallelDims
+
+log = logging.getLogger(__name__)
 
 
 def resumable(config: Config, folder: Path, fingerprint: str) -> CheckpointReader | None:
@@ -27,7 +34,15 @@ def resumable(config: Config, folder: Path, fingerprint: str) -> CheckpointReade
         return None
     if not config.run.resume:
         raise UserError(f"run.dir={folder} already has checkpoints and run.resume=false; choose another run.dir")
-    reader = CheckpointReader(checkpoint)
+    try:
+        reader = CheckpointReader(checkpoint)
+    except UserError as err:
+        raise UserError(f"{err}{_offer(earlier_whole(checkpoint))}") from None
+    if reader.state.get("weights_only"):
+        raise UserError(
+            f"{checkpoint} holds weights alone, with which a run cannot go on; start a new one from them: another "
+            f"run.dir with run.init_from={checkpoint}"
+        )
     _check_tokenizer(reader.tokenizer_fingerprint, fingerprint, folder)
     stored = reader.state["config"]
     if stored["stage"]["name"] != config.stage.name:
@@ -46,12 +61,59 @@ def resumable(config: Config, folder: Path, fingerprint: str) -> CheckpointReade
     return reader
 
 
+def last_checkpoint_name(folder: Path) -> str:
+    """Of the checkpoint a run would go on from; `none` when it would start."""
+    checkpoint = find_checkpoint(folder, LATEST)
+    return "none" if checkpoint is None else checkpoint.name
+
+
 def check_origin(config: Config, fingerprint: str) -> None:
     """Refuse a `run.init_from` that is missing or was trained on another tokenizer's tokens."""
     if config.run.init_from is None:
         return
-    source = open_weights(config.run.init_from)
+    source = open_weights(config.run.init_from, verify=False)  # hashed later, by all processes together
     _check_tokenizer(source.tokenizer_fingerprint, fingerprint, config.run.init_from)
+
+
+def verify_together(checkpoint: Path, dims: ParallelDims) -> None:
+    """Hash every file of a checkpoint, each in one process; collective.
+
+    Raises:
+        UserError: in every process, when a file is not as it was written; the newest earlier checkpoint of the run
+            whose files are all right is offered.
+    """
+    sums = read_sums(checkpoint)
+    if sums is None:
+        if dims.is_main:
+            log.warning("checkpoint %s has no checksums (format 1): it is read as it is", checkpoint)
+        return
+    damage = _damage_together(checkpoint, sums, dims)
+    if not damage:
+        return
+    earlier = earlier_whole(checkpoint)
+    while earlier is not None and (known := read_sums(earlier)) and _damage_together(earlier, known, dims):
+        earlier = earlier_whole(earlier)
+    raise UserError(f"{describe(checkpoint, damage)}{_offer(earlier)}")
+
+
+def _damage_together(checkpoint: Path, sums: dict[str, str], dims: ParallelDims) -> list[Damage]:
+    """What is damaged, in every process; the files are dealt out by size."""
+    by_size = sorted(sums, key=lambda name: (-_size(checkpoint / name), name))
+    parts: list[Any] = [None] * dims.world_size
+    dist.all_gather_object(parts, find_damage(checkpoint, sums, by_size[dims.rank :: dims.world_size]))
+    return sorted((damage for part in parts for damage in part), key=lambda damage: damage.file)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _offer(earlier: Path | None) -> str:
+    if earlier is None:
+        return "; no earlier checkpoint of the run is whole"
+    return (
+        f"; the newest earlier one that is whole is {earlier.name}: go on from it with run.resume_from={earlier.name}"
+    )
 
 
 def _check_tokenizer(stored: str, given: str, where: str | Path) -> None:

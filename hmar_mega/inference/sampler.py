@@ -6,7 +6,7 @@ waits for the device. Axes: B images, n tokens of a scale, V codebook, Z latent 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,7 @@ def generate_tokens(
     settings: SampleSettings,
     forced_tokens_BN: Tensor | None = None,
     forced_BN: Tensor | None = None,
+    after_scale: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample token maps.
 
@@ -55,6 +56,7 @@ def generate_tokens(
         labels_B: (B,) int64 classes on the model's device.
         seeds_B: (B,) int64; an image's random numbers depend on its seed alone.
         forced_tokens_BN, forced_BN: (B, N) tokens, and True where they are forced instead of sampled.
+        after_scale: called after each scale; what it raises ends the sampling.
 
     Returns:
         tokens (B, N) int64 and f̂ (B, Z, h, w) float32.
@@ -67,6 +69,8 @@ def generate_tokens(
         given = forced_tokens_BN[:, span] if forced_tokens_BN is not None else None
         tokens.append(_sample_scale(state, scale, passes, given, forced))
         state.add(scale, tokens[-1])
+        if after_scale is not None:
+            after_scale()
     assert state.f_hat is not None
     return torch.cat(tokens, dim=1), state.f_hat
 

@@ -37,7 +37,7 @@ PRELOADED = ["torch", "pytest", "hmar_mega.train", "deepspeed"]
 #: What the server, and so every rank, sees of the machine. DS_ACCELERATOR is read while deepspeed is imported.
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
-#: Seconds that ranks get to end by themselves after another one failed.
+#: Seconds that ranks usually get to end by themselves after another one failed.
 GRACE = 5.0
 
 #: Lines shown of what a failed rank printed.
@@ -58,13 +58,14 @@ class RanksFailed(AssertionError):
         self.exit_codes = exit_codes
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, grace: float = GRACE) -> list[Any]:
     """Call `function(*args)` in `world` processes that RANK, WORLD_SIZE, MASTER_ADDR … make one process group.
 
     Args:
         world: 1 to 8 processes.
         function: a function at the top of a module; its arguments and result must pickle.
         timeout: seconds until what still runs is killed.
+        grace: seconds that ranks get to end by themselves after another one failed.
 
     Returns:
         What each rank's call returned, in the order of ranks.
@@ -79,7 +80,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks = [_Rank(context, Path(folder), rank, world, store.port, function, args) for rank in range(world)]
         try:
-            _wait(ranks, time.monotonic() + timeout)
+            _wait(ranks, time.monotonic() + timeout, grace)
         finally:
             for rank in ranks:
                 rank.stop()
@@ -164,7 +165,7 @@ class _Rank:
         return f"rank {self.rank}: {'returned' if self.returned else self.failure}\n{tail}"
 
 
-def _wait(ranks: list[_Rank], deadline: float) -> None:
+def _wait(ranks: list[_Rank], deadline: float, grace: float) -> None:
     """Receive every rank's outcome until the deadline, which the first failure draws near."""
     why = "the time was up"
     while waiting := [rank for rank in ranks if rank.running]:
@@ -176,8 +177,8 @@ def _wait(ranks: list[_Rank], deadline: float) -> None:
         for rank in waiting:
             if rank.pipe in ready:
                 rank.receive()
-                if not rank.returned and time.monotonic() + GRACE < deadline:
-                    deadline, why = time.monotonic() + GRACE, f"rank {rank.rank} had failed"
+                if not rank.returned and time.monotonic() + grace < deadline:
+                    deadline, why = time.monotonic() + grace, f"rank {rank.rank} had failed"
 
 
 def _child(

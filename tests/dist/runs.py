@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from harness import run_ranks, shared_memory_names
 from torch import Tensor
 
 from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint
 from hmar_mega.config import Config, TokenizerConfig
-from hmar_mega.config_io import load_config
+from hmar_mega.config_io import config_to_yaml, load_config
 from hmar_mega.data.index import TokenFormat
 from hmar_mega.data.reader import TOKEN_FIELD, npy_bytes
 from hmar_mega.data.writer import open_shards
@@ -143,6 +148,13 @@ def tiny_config(inputs: Inputs, folder: Path, *overrides: str) -> Config:
     return load_config(None, [*settings, *overrides])
 
 
+def config_file(config: Config) -> str:
+    """A file beside the run directory that the command line can be given for a configuration."""
+    file = Path(f"{config.run.dir}.yaml")
+    file.write_text(config_to_yaml(config))
+    return str(file)
+
+
 def train(inputs: Inputs, folder: Path, layout: str, *overrides: str) -> Outcome:
     """Run `tiny_config` with `overrides` in the processes of a layout."""
     world, settings = LAYOUTS[layout]
@@ -205,3 +217,44 @@ def checkpoint_state(folder: Path, name: str) -> dict[str, object]:
     """`state.json` of one checkpoint of a run."""
     state: dict[str, object] = json.loads((folder / "checkpoints" / name / "state.json").read_text())
     return state
+
+
+class Command:
+    """A training started as a person would start it, and what it prints."""
+
+    def __init__(self, *command: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.printed: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=environment,
+        )  # fmt: skip
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []:
+            child.kill()
+        self.process.kill()
+        self.process.wait()
+
+    def wait_for(self, pattern: str) -> None:
+        """Read on until a line matches."""
+        for line in self.process.stderr:
+            self.printed.append(line)
+            if re.search(pattern, line):
+                return
+        raise AssertionError(f"no line like {pattern}:\n{''.join(self.printed)}")
+
+    def end(self, within: float) -> int:
+        """The exit status, after so many seconds at most."""
+        started = time.monotonic()
+        self.printed += self.process.stderr.readlines()
+        status = self.process.wait()
+        assert time.monotonic() - started < within, "".join(self.printed)
+        return status
+
+    @property
+    def text(self) -> str:
+        return "".join(self.printed)

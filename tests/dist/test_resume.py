@@ -27,7 +27,7 @@ from runs import (
     train_rank,
 )
 
-from hmar_mega.checkpoint import canonical
+from hmar_mega.checkpoint import saver
 from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint
 from hmar_mega.config import Config
 from hmar_mega.config_io import load_config
@@ -85,7 +85,10 @@ def assert_bitwise(ours: Outcome, theirs: Outcome) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    ["single", "tensor2", "data2", "tensor2_data2", "sequence2_data2_zero3", "data2_zero2", "data2_zero3"],
+    [
+        "single", "tensor2", "data2", "tensor2_data2", "sequence2_data2_zero3", "data2_zero2", "data2_zero3",
+        "pipeline2_tensor2",
+    ],
 )
 def test_resumed_on_the_same_layout_a_run_ends_bit_for_bit_as_if_never_stopped(runs, tmp_path, layout):
     resumed, whole = runs.resumed(layout, layout, tmp_path / "run"), runs.whole(layout)
@@ -101,6 +104,8 @@ def test_resumed_on_the_same_layout_a_run_ends_bit_for_bit_as_if_never_stopped(r
         ("data2_zero3", "single"), ("single", "sequence2_data2_zero3"), ("sequence2", "data2_zero3"),
         ("data2_zero3", "tensor2"), ("tensor2_data2_zero2", "data2_zero2"), ("data2_zero2", "sequence4"),
         ("sequence4", "data2"), ("sequence2_data2_zero3", "tensor2_data2_zero2"),
+        ("pipeline2_tensor2", "data2_zero3"), ("data2_zero3", "pipeline2"), ("tensor2", "pipeline2_data2"),
+        ("pipeline2_data2", "pipeline2_sequence2_recompute"),
     ],
 )  # fmt: skip
 def test_resumed_on_another_layout_a_run_ends_equal_up_to_rounding(runs, tmp_path, first, second):
@@ -116,14 +121,14 @@ def test_the_half_run_is_not_the_whole_one(runs):
 
 def kill_while_saving(config: Config) -> None:
     """Train, and die by SIGKILL when every file of the last checkpoint is written but it has not its name yet."""
-    complete = canonical.sync_folder
+    commit = saver.commit
 
-    def die_at_the_end(folder: Path) -> None:
-        complete(folder)
-        if str(WHOLE) in folder.name:
+    def die_at_the_end(run: Path, temporary: Path, best: bool) -> Path:
+        if str(WHOLE) in temporary.name:
             os.kill(os.getpid(), signal.SIGKILL)
+        return commit(run, temporary, best)
 
-    canonical.sync_folder = die_at_the_end
+    saver.commit = die_at_the_end
     train_rank(config)
 
 
@@ -246,9 +251,19 @@ def test_the_best_loss_survives_a_resume(tmp_path, inputs):
     assert (folder / "checkpoints" / "best").read_text() == best
 
 
-@pytest.mark.parametrize("layout", ["data2", "tensor2_data2", "sequence2_data2_zero3", "data2_zero3"])
-def test_validation_counts_every_sample_once_on_any_layout_and_the_grid_is_drawn(tmp_path, inputs, layout):
-    settings = (f"data.val={inputs.val}", "eval.grid_count=4", steps(1))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "data2", "tensor2_data2", "sequence2_data2_zero3", "data2_zero3", "pipeline2", "pipeline2_data2",
+        "pipeline2_sequence2_recompute", "pipeline2_virtual2",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["block_diagonal", "block_causal"])
+def test_validation_counts_every_sample_once_on_any_layout_and_the_grid_is_drawn(tmp_path, inputs, layout, kind):
+    settings = (
+        f"data.val={inputs.val}", "eval.grid_count=4", steps(1), f"model.attention.pattern={kind}", "model.depth=4",
+        "model.shared_aln=true",
+    )  # fmt: skip
     rows = {}
     for name in ("single", layout):
         train(inputs, tmp_path / name, name, *settings)

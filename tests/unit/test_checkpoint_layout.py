@@ -236,6 +236,6 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path: Path, name: str, content:
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path):
     write_checkpoint(tmp_path / "step", two_ranks(), 1)
-    (tmp_path / "step" / "index.json").write_text(json.dumps({"format": 2, "tensors": {}}))
+    (tmp_path / "step" / "index.json").write_text(json.dumps({"format": 3, "tensors": {}}))
     with pytest.raises(UserError, match="format"):
         CheckpointReader(tmp_path / "step")

@@ -514,7 +514,7 @@ def test_sample_and_edit_write_their_image(workplace):
 
 
 def stub_training(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def raising(config: object) -> None:
+    def raising(config: object, interrupts: object) -> None:
         raise error
 
     monkeypatch.setattr("hmar_mega.train.train_from_config", raising)
@@ -539,7 +539,7 @@ def test_under_torchrun_only_the_first_rank_speaks_but_all_fail(workplace, monke
 
 
 def test_what_goes_wrong_in_one_rank_alone_is_said_by_that_rank(workplace, monkeypatch):
-    def fail(config: object) -> None:
+    def fail(config: object, interrupts: object) -> None:
         error = UserError("shard x is damaged")
         error.rank = 1
         raise error

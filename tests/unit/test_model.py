@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,19 @@ from helpers import (
     tiny_config,
     tiny_hmar,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmar_mega import flops, sequence
 from hmar_mega.config import ModelConfig
 from hmar_mega.config_io import load_config
-from hmar_mega.model.hmar import HMAR, decays, mask_branch_names, pad_to_multiple
+from hmar_mega.model import hmar
+from hmar_mega.model.hmar import HMAR, Head, decays, mask_branch_names, pad_to_multiple
+from hmar_mega.model.initialize import Initializer
+from hmar_mega.model.layers_torch import TorchLayers
+from hmar_mega.model.stage import split_layers
 from hmar_mega.scales import PATCH_NUMS, ScaleSchedule
 
 # ----------------------------------------------------------------------------------------------------------- sizes
@@ -331,3 +339,67 @@ def test_shared_conditions_reach_every_block():
     assert model.shared_ada_lin.weight.grad.abs().sum() > 0
     assert all(b.ada_gss.grad.abs().sum() > 0 for b in model.blocks.values())
     assert not hasattr(model.blocks["0"], "ada_lin")
+
+
+# ------------------------------------------------------------------------------------------------- cross-entropy
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Elements of the largest float32 tensor that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float32:
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def head_and_inputs() -> tuple[Head, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    head = Head("head", 8, 512, TorchLayers(), Initializer(0, 0.3))
+    x = torch.randn(40, 3, 8, generator=generator, requires_grad=True)
+    cond = torch.randn(3, 8, generator=generator, requires_grad=True)
+    return head, x, cond, torch.randint(512, (40, 3), generator=generator)
+
+
+def test_cross_entropy_in_chunks_is_that_of_whole_logits(monkeypatch):
+    results = []
+    for size in (2**27, 4 * 3 * 512 * 7, 1):  # all rows, 7 at a time, one at a time
+        monkeypatch.setattr(hmar, "LOGITS_CHUNK_BYTES", size)
+        head, x, cond, targets = head_and_inputs()
+        losses = head(x, cond, targets)
+        (losses * torch.linspace(0.5, 2, 120).view(40, 3)).sum().backward()
+        gradients = [x.grad, cond.grad, *(p.grad for p in head.parameters())]
+        results.append([losses.detach(), *gradients])
+        expected = torch.nn.functional.cross_entropy(head(x, cond).flatten(0, 1), targets.flatten(), reduction="none")
+        torch.testing.assert_close(losses.flatten(), expected)
+    for other in results[1:]:
+        for ours, theirs in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_no_more_float32_logits_exist_at_a_time_than_a_chunk_has(monkeypatch, rows):
+    monkeypatch.setattr(hmar, "LOGITS_CHUNK_BYTES", 4 * 3 * 512 * rows)
+    head, x, cond, targets = head_and_inputs()
+    with LargestFloat32() as seen:
+        head(x, cond, targets).sum().backward()
+    assert seen.largest == 3 * 512 * rows
+
+
+@given(depth=st.integers(1, 64), runs=st.integers(1, 64))
+def test_layers_are_cut_into_runs_of_almost_equal_size(depth: int, runs: int):
+    if runs > depth:
+        with pytest.raises(ValueError, match="use 1 to"):
+            split_layers(depth, runs)
+        return
+    stages = split_layers(depth, runs)
+    assert [layer for stage in stages for layer in stage.layers] == list(range(depth))
+    sizes = [len(stage.layers) for stage in stages]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] - sizes[-1] <= 1
+    assert [s.first for s in stages] == [True] + [False] * (runs - 1)
+    assert [s.last for s in stages] == [False] * (runs - 1) + [True]

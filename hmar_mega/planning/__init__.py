@@ -1,0 +1,1 @@
+"""Planning without a GPU: memory, time and legal layouts of a configuration on a cluster."""

@@ -1,0 +1,179 @@
+"""Bytes a GPU holds while it trains, by part, as the engine and DeepSpeed 0.19.8 keep them.
+
+Let P be a rank's trained parameters (with the padding of each optimizer group to 2·dp) and d the data-parallel size.
+
+| | weights | gradients | optimizer |
+|---|---|---|---|
+| bf16, ZeRO 1 | 2P | 4P: float32 accumulation, whole on every rank | 12P/d: float32 masters and two moments |
+| fp32, ZeRO 1 | 4P | 4P | 12P/d |
+| fp16, ZeRO 1 | 2P | 2P | 12P/d |
+| ZeRO 2 | as above | a d-th part | 12P/d |
+| ZeRO 3 | a d-th part, and small ones whole | a d-th part | 12P/d, each tensor padded to d |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from hmar_mega.planning.activations import LOGITS_CHUNK_BYTES, activation_bytes
+from hmar_mega.planning.layout import Layout
+from hmar_mega.planning.tensors import rank_parameters
+from hmar_mega.planning.workload import ELEMENT, Workload
+
+#: Elements of DeepSpeed's gradient bucket (`reduce_bucket_size`, its default), allocated whole.
+BUCKET_ELEMENTS = 500_000_000
+
+#: Elements above which DeepSpeed's bf16 optimizer reduces a group alone rather than in a copy with the next.
+REDUCE_ELEMENTS = 500_000_000
+
+#: ZeRO 3: tensors up to this size stay whole on every rank (`stage3_param_persistence_threshold`, its default).
+PERSISTENT_ELEMENTS = 100_000
+
+#: ZeRO 3: gathered parameters that may be alive at once (`stage3_max_live_parameters`, its default).
+LIVE_ELEMENTS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        weights: in the compute format, frozen ones too; under ZeRO 3 this rank's part and what stays whole.
+        gradients: accumulated.
+        optimizer: float32 masters and both Adam moments.
+        ema: moving average of the weights.
+        tokenizer: the VQ-VAE that turns tokens into inputs and draws sample grids.
+        activations, logits: at the worst moment of the backward pass.
+        buffers: gradient buckets and gathered weights during forward and backward passes.
+        step: transient tensors of reduction and update, when activations are gone.
+        start: the whole float32 model (of a tensor- and pipeline-parallel rank) before the engine lays it out.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    ema: float
+    tokenizer: float
+    activations: float
+    logits: float
+    buffers: float
+    step: float
+    start: float
+
+    @property
+    def state(self) -> float:
+        """What is always there."""
+        return self.weights + self.gradients + self.optimizer + self.ema + self.tokenizer
+
+    @property
+    def training(self) -> float:
+        """What `torch.cuda.max_memory_allocated` should say of steps after the first."""
+        return self.state + max(self.activations + self.logits + self.buffers, self.step)
+
+    @property
+    def peak(self) -> float:
+        """The same of the whole run."""
+        return max(self.training, self.start)
+
+
+@dataclass(frozen=True)
+class State:
+    """Elements of a rank by which its state is counted.
+
+    Attributes:
+        trained: whole trained parameters, padded groups under ZeRO 1 and 2.
+        owned: the part whose masters and moments are here.
+        frozen: parameters that are not trained: whole, or this rank's part under ZeRO 3.
+        persistent: ZeRO 3: what stays whole besides.
+        groups: elements of each optimizer group, padded.
+        largest: the largest parameter.
+        total: all parameters, unpadded.
+    """
+
+    trained: int
+    owned: int
+    frozen: int
+    persistent: int
+    groups: tuple[int, ...]
+    largest: int
+    total: int
+
+
+def stage_state(work: Workload, layout: Layout, pipeline_rank: int) -> State:
+    """Elements of a rank of one pipeline stage."""
+    return rank_state(work, layout.tensor, layout.pipeline, layout.virtual, pipeline_rank, layout.data, layout.zero)
+
+
+@cache
+def rank_state(
+    work: Workload, tensor: int, pipeline: int, virtual: int, pipeline_rank: int, data: int, zero: int
+) -> State:
+    """Count elements as DeepSpeed lays them: groups with and without weight decay, flat, padded and cut over `data`."""
+    parameters = rank_parameters(work, tensor, pipeline, virtual, pipeline_rank)
+    trained = [p for p in parameters if p.trained]
+    groups = [[p.numel for p in trained if p.decays], [p.numel for p in trained if not p.decays]]
+    frozen = [p.numel for p in parameters if not p.trained]
+    total, largest = sum(p.numel for p in parameters), max(p.numel for p in parameters)
+    if zero == 3:
+        part = [sum(-(-n // data) for n in group) for group in groups]
+        # gathered whole, with their padding; alone, a rank's part is the whole and nothing is copied
+        small = [p.numel for p in parameters if p.numel <= PERSISTENT_ELEMENTS and data > 1]
+        persistent = sum(-(-n // data) * data for n in small)
+        cut = sum(-(-n // data) for n in frozen)
+        return State(sum(map(sum, groups)), sum(part), cut, persistent, tuple(part), largest, total)
+    padded = tuple(-(-sum(group) // (2 * data)) * 2 * data for group in groups)
+    return State(sum(padded), sum(padded) // data, sum(frozen), 0, padded, largest, total)
+
+
+def memory_of(work: Workload, layout: Layout, pipeline_rank: int, chunk: int | None = LOGITS_CHUNK_BYTES) -> Memory:
+    """Bytes of the ranks of one pipeline stage."""
+    compute, zero, e = work.compute, layout.zero, work.element
+    state = stage_state(work, layout, pipeline_rank)
+    # accumulated in float32 but for fp16, which accumulates in its own format
+    accumulated = 2 if compute == "fp16" else 4
+    whole_gradients = zero == 1
+    weights = e * (state.trained + state.frozen)
+    if zero == 3:
+        weights = e * (state.owned + state.frozen + state.persistent)
+    activations, logits = activation_bytes(work, layout, pipeline_rank, chunk)
+    return Memory(
+        weights=weights,
+        gradients=accumulated * (state.trained if whole_gradients else state.owned),
+        optimizer=12 * state.owned,
+        ema=4 * state.owned if work.ema else 0,
+        tokenizer=4 * work.tokenizer,
+        activations=activations,
+        logits=logits,
+        buffers=_buffers(compute, layout, state),
+        step=_step_bytes(compute, layout, state),
+        start=4 * (state.total + work.tokenizer),
+    )
+
+
+def worst_rank(work: Workload, layout: Layout, chunk: int | None = LOGITS_CHUNK_BYTES) -> Memory:
+    """Bytes of the ranks that need most: the first, with most micro-batches in flight, or the last, with the head."""
+    return max((memory_of(work, layout, rank, chunk) for rank in {0, layout.pipeline - 1}), key=lambda m: m.peak)
+
+
+def _buffers(compute: str, layout: Layout, state: State) -> float:
+    """During forward and backward passes: DeepSpeed's bucket, allocated whole; gathered weights; one gradient."""
+    e = ELEMENT[compute]
+    if layout.zero == 1 and compute == "bf16":
+        return (e + 4) * state.largest  # gradients go to the float32 accumulation one by one, through a copy
+    if layout.zero < 3:
+        return e * (BUCKET_ELEMENTS + state.largest)
+    gathered = min(state.total, LIVE_ELEMENTS) if layout.data > 1 else 0
+    return e * (BUCKET_ELEMENTS + max(0, gathered - state.persistent) + state.largest)
+
+
+def _step_bytes(compute: str, layout: Layout, state: State) -> float:
+    """When activations are gone: reduction in the compute format, and the flat copy of a group's gradients."""
+    e, zero = ELEMENT[compute], layout.zero
+    if zero == 1 and compute == "bf16":
+        if state.groups[0] > REDUCE_ELEMENTS:
+            return e * max(state.groups)
+        return (4 + e) * state.trained  # groups are copied together in float32, then cast
+    if zero < 3:
+        return (4 if compute == "fp32" else 4 + e) * max(state.groups) / layout.data
+    return e * BUCKET_ELEMENTS + 4.0 * max(state.groups)
