@@ -48,7 +48,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, config: Config, dims: ParallelDims, schedule: Schedule) -> None:
-        _quiet_deepspeed()
+        quiet_deepspeed()
         import deepspeed
 
         from hmar_mega.parallel.mpu import MpuAdapter
@@ -275,7 +275,7 @@ def _deepspeed_config(config: Config, micro: int, accumulation: int) -> dict[str
     return settings
 
 
-def _quiet_deepspeed() -> None:
+def quiet_deepspeed() -> None:
     """Keep DeepSpeed's log to warnings; on CPUs, its shared-memory op (compiled, 66 MB of /dev/shm a process) off."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -64,12 +64,12 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
     """
     folder = _check_paths(config)
     tokenizer = MultiScaleVQVAE.load(Path(str(config.tokenizer.path)))
-    _check_resolution(config, tokenizer)
-    data = _open_shards(config.data.train, "data.train", config, tokenizer)
-    validation = _open_shards(config.data.val, "data.val", config, tokenizer) if config.data.val else None
+    check_resolution(config, tokenizer)
+    data = open_shards(config.data.train, "data.train", config, tokenizer)
+    validation = open_shards(config.data.val, "data.val", config, tokenizer) if config.data.val else None
     if validation is not None:
         _check_classes(config, data, validation)
-    config = _with_resolved(config, tokenizer)
+    config = with_resolved(config, tokenizer)
     if resumable(config, folder, tokenizer.fingerprint) is None:
         check_origin(config, tokenizer.fingerprint)
     with (
@@ -157,7 +157,7 @@ def _build_engine(
     if reader is not None:
         load_weights(model, reader, dims, folder)
     elif config.run.init_from is not None:
-        _initialise(model, config, dims)
+        initialise(model, config, dims)
     if dims.is_main:
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -173,7 +173,7 @@ def _build_engine(
     return engine, engine.step, float("inf") if best is None else float(best)
 
 
-def _initialise(model: HMAR | PipelineModel, config: Config, dims: ParallelDims) -> None:
+def initialise(model: HMAR | PipelineModel, config: Config, dims: ParallelDims) -> None:
     """Weights from another run; the mask branch of a next-scale model starts from its last blocks and head."""
     path = str(config.run.init_from)
     source = open_weights(path, verify=False)
@@ -251,7 +251,8 @@ def _check_paths(config: Config) -> Path:
     return folder
 
 
-def _open_shards(path: str | None, key: str, config: Config, tokenizer: MultiScaleVQVAE) -> ShardReader:
+def open_shards(path: str | None, key: str, config: Config, tokenizer: MultiScaleVQVAE) -> ShardReader:
+    """The token shards of setting `key`; UserError when they do not go with the tokenizer, the scales or the model."""
     reader = ShardReader(Path(str(path)), "tokens")
     check_fingerprint(reader.index, tokenizer.fingerprint, config.schedule.scales.patch_nums)
     if len(reader.index.classes) > config.model.num_classes:
@@ -262,7 +263,8 @@ def _open_shards(path: str | None, key: str, config: Config, tokenizer: MultiSca
     return reader
 
 
-def _check_resolution(config: Config, tokenizer: MultiScaleVQVAE) -> None:
+def check_resolution(config: Config, tokenizer: MultiScaleVQVAE) -> None:
+    """Raise UserError unless the tokenizer makes the schedule's largest map of an image of that resolution."""
     try:
         config.schedule.scales.check_fits(config.schedule.resolution, tokenizer.config.downsample)
     except ValueError as err:
@@ -280,7 +282,7 @@ def _check_classes(config: Config, data: ShardReader, validation: ShardReader) -
         )
 
 
-def _with_resolved(config: Config, tokenizer: MultiScaleVQVAE) -> Config:
+def with_resolved(config: Config, tokenizer: MultiScaleVQVAE) -> Config:
     """The tokenizer section as the trained tokenizer has it, with an absolute path."""
     section = tokenizer.config.model_copy(
         update={"path": str(Path(str(config.tokenizer.path)).resolve()), "train": config.tokenizer.train}

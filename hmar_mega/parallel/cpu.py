@@ -21,6 +21,19 @@ class _CpuTensors(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _CpuOptimizer(_CpuTensors):
+    """Also has tensors call themselves CUDA ones, since mcore's optimizers refuse others by the name of their type, and
+    leaves them where they are when they are to move to CUDA."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
 def cpu_tensors() -> AbstractContextManager[object]:
     """Around a pipeline schedule: where there is no CUDA, its device="cuda" means the CPU."""
     return nullcontext() if torch.cuda.is_available() else _CpuTensors()
@@ -39,4 +52,16 @@ def cpu_for_cuda() -> Iterator[None]:
         mock.patch.object(torch.cuda, "current_device", return_value=torch.device("cpu")),
         mock.patch.object(torch.cuda, "synchronize", return_value=None),
     ):
+        yield
+
+
+@contextmanager
+def mcore_on_cpu() -> Iterator[None]:
+    """Where there is no CUDA, have all of mcore's training run on the CPU; elsewhere do nothing.
+
+    Beside `cpu_for_cuda` and `cpu_tensors` this covers mcore's `DistributedDataParallel`, its optimizers (also the
+    distributed one) and `dist_checkpointing`. Not for DeepSpeed, which asks tensors for their type and needs the true
+    one.
+    """
+    with cpu_for_cuda(), nullcontext() if torch.cuda.is_available() else _CpuOptimizer():
         yield

@@ -153,6 +153,37 @@ class PipelineModel(nn.Module):
         return out if self.pp_rank == self.pp_size - 1 else None
 
 
+def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
+    """What mcore's schedules ask about the model of `config`.
+
+    Args:
+        dtype: of the activations that travel between stages.
+    """
+    parallel = config.parallel
+    virtual = parallel.virtual_pipeline_parallel if parallel.virtual_pipeline_parallel > 1 else None
+    return TransformerConfig(
+        num_layers=config.model.depth,
+        hidden_size=config.model.resolved_width,
+        ffn_hidden_size=config.model.ffn_width,
+        num_attention_heads=config.model.resolved_heads,
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=virtual,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_dtype=dtype,
+        batch_p2p_comm=False,
+        # on gloo, overlapping gives wrong losses now and then
+        overlap_p2p_comm=virtual is not None and dist.get_backend() != "gloo",
+        gradient_accumulation_fusion=False,
+    )
+
+
+def packed_length(model: HMAR) -> int:
+    """Rows of what travels between stages, as mcore counts them: it divides by the sequence parts itself."""
+    parts = model.layers.sequence_parts
+    return (-(-model.schedule.num_tokens // parts) + model.extra_rows) * parts
+
+
 class _ScheduledChunk(nn.Module):
     """A run of layers as mcore's schedules want it: with their configuration and a place for the stage's input."""
 
@@ -175,24 +206,8 @@ class PipelineSchedule:
     def __init__(
         self, model: PipelineModel, config: Config, dtype: torch.dtype, loss_scale: Callable[[], float]
     ) -> None:
-        parallel = config.parallel
-        gloo = dist.get_backend() == "gloo"
-        interleaved = len(model.chunks) > 1
-        settings = TransformerConfig(
-            num_layers=config.model.depth,
-            hidden_size=config.model.resolved_width,
-            num_attention_heads=config.model.resolved_heads,
-            tensor_model_parallel_size=parallel.tensor_parallel,
-            pipeline_model_parallel_size=parallel.pipeline_parallel,
-            virtual_pipeline_model_parallel_size=len(model.chunks) if interleaved else None,
-            sequence_parallel=parallel.sequence_parallel,
-            pipeline_dtype=dtype,
-            batch_p2p_comm=False,
-            # on gloo, overlapping gives wrong losses now and then
-            overlap_p2p_comm=interleaved and not gloo,
-            gradient_accumulation_fusion=False,
-            grad_scale_func=lambda loss: loss * loss_scale(),
-        )
+        settings = transformer_config(config, dtype)
+        settings.grad_scale_func = lambda loss: loss * loss_scale()
         self._model = model
         self._chunks = [_ScheduledChunk(chunk, settings) for chunk in model.chunks]  # type: ignore[arg-type]
 
@@ -215,17 +230,13 @@ class PipelineSchedule:
 
             return out, loss_of
 
-        model = self._model
-        parts, schedule = model.layers.sequence_parts, model.schedule
-        local = -(-schedule.num_tokens // parts)
         with cpu_tensors():
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[iter(batches) for _ in self._chunks],
                 model=list(self._chunks),
                 num_microbatches=len(batches),
-                # mcore divides it by the tensor-parallel size under sequence parallelism
-                seq_length=(local + model.chunks[0].extra_rows) * parts,  # type: ignore[operator]
+                seq_length=packed_length(self._model.chunks[0]),  # type: ignore[arg-type]
                 micro_batch_size=len(batches[0].labels),
             )
         return scored

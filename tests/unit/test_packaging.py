@@ -26,11 +26,12 @@ EDGE = (
     "hmar_mega/parallel/",
     "hmar_mega/engine.py",
     "hmar_mega/precision.py",
-    "hmar_mega/plugin.py",
+    "hmar_mega/plugin/",
     "hmar_mega/checkpoint/canonical.py",
     "hmar_mega/model/layers_mcore.py",
     "tests/",
     "benchmarks/",
+    "examples/",
 )
 
 
@@ -41,7 +42,7 @@ def folder_of(package: str) -> Path:
 
 
 def python_sources() -> list[Path]:
-    rooms = [ROOT / d for d in (*PACKAGE_DIR.values(), "tests", "benchmarks", ".ci")]
+    rooms = [ROOT / d for d in (*PACKAGE_DIR.values(), "tests", "benchmarks", "examples", ".ci")]
     return sorted({p for room in rooms for p in room.rglob("*.py")})
 
 
