@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import BATCH, Inputs, Outcome, largest_difference, tiny_config, train
+from harness import run_ranks
+from runs import BATCH, LAYOUTS, Inputs, Outcome, largest_difference, tiny_config, train
 from torch import Tensor
 
 from hmar_mega import sequence
@@ -196,6 +197,34 @@ def test_layout_gives_the_run_of_one_process(runs, tmp_path, case, layout):
 def test_a_pipeline_gives_the_run_of_one_process(runs, tmp_path, case, layout):
     outcome = train(runs.inputs(case), tmp_path / "run", layout, *runs.settings(case))
     assert_same_run(outcome, runs.one_process(case))
+
+
+def chunked_rank(config: Config) -> int:
+    """Train with cross-entropy a few rows of logits at a time; how many chunks the largest call took."""
+    from runs import train_rank
+
+    from hmar_mega.model import hmar
+
+    hmar.LOGITS_CHUNK_BYTES, honest, chunks = 1500, hmar.checkpoint, []
+
+    def counted(function, *given, **settings):
+        chunks.append(getattr(function, "__name__", ""))
+        return honest(function, *given, **settings)
+
+    hmar.checkpoint = counted
+    train_rank(config)
+    return chunks.count("chunk")
+
+
+@pytest.mark.parametrize(
+    "layout", ["single", "tensor2", "sequence2", "data2_zero3", "pipeline2_sequence2_recompute"]
+)
+@pytest.mark.parametrize("case", ["uneven", "masked"])
+def test_cross_entropy_in_chunks_changes_nothing(runs, tmp_path, case, layout):
+    world, settings = LAYOUTS[layout]
+    config = tiny_config(runs.inputs(case), tmp_path / "run", *settings, *runs.settings(case))
+    assert max(run_ranks(world, chunked_rank, config)) > 2 * 3, "chunks in each of three steps"
+    assert_same_run(Outcome.of(tmp_path / "run"), runs.one_process(case))
 
 
 def test_padded_tables_on_four_tensor_ranks_of_which_the_last_holds_no_class(runs, tmp_path):

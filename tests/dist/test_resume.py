@@ -114,6 +114,25 @@ def test_resumed_on_another_layout_a_run_ends_equal_up_to_rounding(runs, tmp_pat
     assert resumed.losses == pytest.approx(whole.losses, rel=0, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("pipeline2_tensor2", "data2_zero3"), ("data2_zero3", "pipeline2_data2"), ("pipeline2", "pipeline2")],
+)
+def test_the_masked_stage_and_its_average_go_on_on_another_layout(runs, tmp_path, inputs, first, second):
+    """Frozen weights, moments of what is trained and the moving average; some stages train only the mask embedding."""
+    settings = (
+        "stage.name=masked", "model.depth=2", "optim.ema_decay=0.6", f"run.init_from={runs.run_dir('single', HALF)}",
+    )  # fmt: skip
+    whole = Outcome.of(runs.run_dir("single", WHOLE, *settings))
+    resumed = runs.resumed(first, second, tmp_path / "run", *settings)
+    assert resumed.tensors.keys() == whole.tensors.keys()
+    assert {kind for _, kind in resumed.tensors} == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+    for kind in ("weight", "ema"):
+        ours, theirs = ({n: t for (n, k), t in o.tensors.items() if k == kind} for o in (resumed, whole))
+        assert largest_difference(ours, theirs) <= TOLERANCE
+    assert not any("ballast" in name for name, _ in resumed.tensors)
+
+
 def test_the_half_run_is_not_the_whole_one(runs):
     half = Outcome.of(runs.run_dir("single", HALF))
     assert largest_difference(half.weights, runs.whole("single").weights) > 100 * TOLERANCE

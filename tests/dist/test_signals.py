@@ -41,16 +41,16 @@ def command_rank(file: str, moment: str, signals: Signals) -> tuple[int, float]:
             os.kill(os.getpid(), own)
 
     owner, name, when = {
-        "step": (Objective, "training", lambda *_: True),
-        "validation": (Objective, "evaluation", lambda *_: True),
+        "step": (Objective, "inputs", lambda *_, training, **__: training),
+        "validation": (Objective, "inputs", lambda *_, training, **__: not training),
         "grid": (sampler, "_sample_scale", lambda state, scale, *_: scale == 1),
     }[moment]
     honest = getattr(owner, name)
 
-    def signalled(*args: object) -> object:
-        if when(*args):
+    def signalled(*args: object, **settings: object) -> object:
+        if when(*args, **settings):
             send()
-        return honest(*args)
+        return honest(*args, **settings)
 
     setattr(owner, name, signalled)
     status = main(["train", file])
@@ -118,6 +118,7 @@ def val_steps(folder: Path) -> list[int]:
         # in the step in which a rank is told it has voted already: all stop after the next, before its evaluation
         ("data2", {1: signal.SIGTERM}, 0, 2),
         ("tensor2", {0: signal.SIGTERM, 1: signal.SIGUSR1}, 75, 2),
+        ("pipeline2", {1: signal.SIGUSR1}, 75, 2),
     ],
 )
 def test_in_a_step_all_ranks_save_and_stop_together(inputs, tmp_path, undisturbed, layout, signals, status, last):
@@ -129,7 +130,7 @@ def test_in_a_step_all_ranks_save_and_stop_together(inputs, tmp_path, undisturbe
     assert_same_run(folder, undisturbed(layout))
 
 
-@pytest.mark.parametrize("layout", ["single", "data2", "data2_zero3"])
+@pytest.mark.parametrize("layout", ["single", "data2", "data2_zero3", "pipeline2"])
 def test_an_evaluation_cut_short_leaves_nothing_and_is_made_up_for(inputs, tmp_path, undisturbed, layout):
     folder = tmp_path / "run"
     last_rank = LAYOUTS[layout][0] - 1
@@ -142,7 +143,7 @@ def test_an_evaluation_cut_short_leaves_nothing_and_is_made_up_for(inputs, tmp_p
     assert_same_run(folder, undisturbed(layout))
 
 
-@pytest.mark.parametrize(("layout", "rank"), [("single", 0), ("tensor2", 1), ("data2_zero3", 1)])
+@pytest.mark.parametrize(("layout", "rank"), [("single", 0), ("tensor2", 1), ("data2_zero3", 1), ("pipeline2", 1)])
 def test_a_grid_cut_short_is_not_written_and_is_made_up_for(inputs, tmp_path, undisturbed, layout, rank):
     folder = tmp_path / "run"
     assert set(run_signalled(inputs, folder, layout, "grid", {rank: signal.SIGTERM})) == {0}
