@@ -271,13 +271,13 @@ def test_the_best_loss_survives_a_resume(tmp_path, inputs):
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("kind", "layout"),
     [
-        "data2", "tensor2_data2", "sequence2_data2_zero3", "data2_zero3", "pipeline2", "pipeline2_data2",
-        "pipeline2_sequence2_recompute", "pipeline2_virtual2",
+        ("block_diagonal", "data2"), ("block_causal", "sequence2_data2_zero3"), ("block_diagonal", "data2_zero3"),
+        ("block_diagonal", "pipeline2_data2"), ("block_causal", "pipeline2_sequence2_recompute"),
+        ("block_causal", "pipeline2_virtual2"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("kind", ["block_diagonal", "block_causal"])
 def test_validation_counts_every_sample_once_on_any_layout_and_the_grid_is_drawn(tmp_path, inputs, layout, kind):
     settings = (
         f"data.val={inputs.val}", "eval.grid_count=4", steps(1), f"model.attention.pattern={kind}", "model.depth=4",

@@ -278,9 +278,7 @@ def test_interleaving_wants_micro_batches_that_the_pipeline_divides() -> None:
         "train/d16-256",
         ["parallel.pipeline_parallel=4", "parallel.virtual_pipeline_parallel=2", "data.micro_batch_size=256"],
     )
-    with pytest.raises(
-        UserError, match=r"makes \[3\] micro-batches a step.* a multiple of the 4 pipeline stages"
-    ):
+    with pytest.raises(UserError, match=r"makes \[3\] micro-batches a step.* a multiple of the 4 pipeline stages"):
         Layout.of(config, 4)
 
 
