@@ -17,6 +17,7 @@ import pytest
 import torch
 from harness import RanksFailed, run_ranks
 from runs import BATCH, LAYOUTS, Command, Inputs, Outcome, config_file, largest_difference, tiny_config, train, train_rank
+from tables import record
 
 from hmar_mega.config import Config
 from hmar_mega.errors import UserError
@@ -69,7 +70,7 @@ def run_faulty(inputs: Inputs, folder: Path, layout: str, culprit: int, fault: s
     assert others == [LOST_RANK_STATUS] * (world - 1), caught.value
     ends = [Path(f"{moment}-{rank}").stat().st_mtime for rank in range(world) if rank != culprit]
     seconds = max(ends) - moment.stat().st_mtime
-    print(f"{layout}, {fault.name} of rank {culprit}: all gone after {seconds:.1f} s")
+    record("faults", fault=f"{fault.name} of rank {culprit}", layout=layout, seconds=seconds, peer_timeout=3)
     assert seconds < PROMISED_SECONDS
     return caught.value
 

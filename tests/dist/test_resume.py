@@ -26,6 +26,7 @@ from runs import (
     train,
     train_rank,
 )
+from tables import record
 
 from hmar_mega.checkpoint import saver
 from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint
@@ -110,6 +111,11 @@ def test_resumed_on_the_same_layout_a_run_ends_bit_for_bit_as_if_never_stopped(r
 )  # fmt: skip
 def test_resumed_on_another_layout_a_run_ends_equal_up_to_rounding(runs, tmp_path, first, second):
     resumed, whole = runs.resumed(first, second, tmp_path / "run"), runs.whole("single")
+    losses = max(abs(a - b) for a, b in zip(resumed.losses, whole.losses, strict=True))
+    record(
+        "resharding", first=first, second=second, losses=losses,
+        weights=largest_difference(resumed.weights, whole.weights),
+    )  # fmt: skip
     assert largest_difference(resumed.weights, whole.weights) <= TOLERANCE
     assert resumed.losses == pytest.approx(whole.losses, rel=0, abs=TOLERANCE)
 
