@@ -21,7 +21,11 @@ from hmar_mega.tokenizer.cli import add_tokenizer_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 when training failed, 2 for bad input, 75 for "start me again"."""
+    """Run one command; returns the exit status.
+
+    0, 1 when training failed, 2 for bad input, 75 for "start me again", 130 when interrupted twice; a process that lost
+    another leaves with 76 by itself.
+    """
     args = parse(argv)
     rank = int(os.environ.get("RANK", 0))
     _start_logging(rank)

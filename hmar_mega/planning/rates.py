@@ -70,6 +70,7 @@ def attention_seconds(flops: float, calls: int, tflops: float, backward: bool) -
     """
     if flops <= 0:
         return 0.0
+    # the first row is all launches: it gives the floor, not a rate
     points = sorted((row.flops_per_call, _achieved(row, backward)) for row in ATTENTION[1:])
     rate = _interpolate(math.log(flops / calls), [(math.log(work), speed) for work, speed in points])
     work = flops * (BACKWARD_WORK if backward else 1.0)

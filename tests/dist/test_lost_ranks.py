@@ -27,7 +27,10 @@ from hmar_mega.parallel.liveness import LOST_RANK_STATUS, STOPPED_STATUS
 pytestmark = pytest.mark.dist
 
 WHOLE, FAULTY_STEP = 5, 4
-SETTINGS = (f"optim.max_steps={WHOLE}", "checkpoint.interval=2", "run.peer_timeout=3", "model.drop_path_rate=0.4")
+SETTINGS = (
+    f"optim.max_steps={WHOLE}", "checkpoint.interval=2", "checkpoint.asynchronous=false", "run.peer_timeout=3",
+    "model.drop_path_rate=0.4",
+)  # fmt: skip
 
 #: run.peer_timeout, and what noticing, telling and leaving may add.
 PROMISED_SECONDS = 3 + 3
@@ -87,7 +90,7 @@ def assert_named(report: str, layout: str, culprit: int) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, inputs) -> Iterator[dict[str, Outcome]]:
     folder = tmp_path_factory.mktemp("whole")
-    return {layout: train(inputs, folder / layout, layout, *SETTINGS) for layout in ("data2", "tensor2")}
+    return {layout: train(inputs, folder / layout, layout, *SETTINGS) for layout in ("data2", "tensor2", "pipeline2")}
 
 
 @pytest.mark.parametrize(("layout", "culprit"), [("data2", 1), ("tensor2", 0), ("pipeline2", 1)])
