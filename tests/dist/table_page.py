@@ -47,7 +47,7 @@ def table(title: str, text: str, found: list[dict[str, Any]]) -> str:
     """Rows as they are, a column a key."""
     if not found:
         return ""
-    keys = list(found[0])
+    keys = list(dict.fromkeys(key for row in found for key in row))
     lines = [f"## {title}", "", text, "", "| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
     lines += ["| " + " | ".join(shown(row.get(key, "")) for key in keys) + " |" for row in found]
     return "\n".join(lines)
