@@ -1,4 +1,4 @@
-"""Pictures of any size on the model's square: fitting, boxes, and room for outpainting. Every change is said in words."""
+"""Pictures of any size on the model's square: fitting, boxes, room for outpainting. Every change is said in words."""
 
 from __future__ import annotations
 
