@@ -154,6 +154,8 @@ def edit_file(args: argparse.Namespace) -> None:
     """Edit one image file."""
     if args.count < 1:
         raise UserError(f"--count {args.count}: ask for at least 1 version")
+    if args.outpaint and args.fit == "exact":
+        raise UserError("--fit exact goes with --mask and --box: outpainting always moves the picture")
     model, names, settings = _open(args)
     canvas = _canvas(args, model)
     labels = [names.number(args.label)] * args.count

@@ -55,6 +55,8 @@ def open_model(
     path = Path(path)
     if not (path / "checkpoints").is_dir():
         model = load_model(path, device, dtype)
+        if checkpoint != LATEST or tokenizer_folder is not None:
+            raise UserError(f"{path} is an exported model, with one checkpoint and its own tokenizer; name neither")
         if ema and not model.settings.get("trained", {}).get("ema"):
             raise UserError(
                 f"{path} was exported without its moving average; export it again with hmar-mega export RUN {path} "

@@ -326,6 +326,22 @@ BAD_COMMANDS = {
         ("edit", "in/model", "in/image.png", "--outpaint", "left:8,right:8", "--class", "1", "--out", "new.png"),
         ("outpainting left 8, right 8 px of 16 px", "leave at least 1 px"),
     ),
+    "edit: outpainting without moving the picture": (
+        (
+            "edit",
+            "in/model",
+            "in/image.png",
+            "--outpaint",
+            "left",
+            "--class",
+            "1",
+            "--out",
+            "new.png",
+            "--fit",
+            "exact",
+        ),
+        ("--fit exact goes with --mask and --box",),
+    ),
     "edit: a negative feather": (
         (*EDIT, "--feather", "-1", "--out", "new.png"),
         ("feather=-1", "0 for hard edges"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,6 +173,39 @@ def test_a_kill_within_a_chunk_leaves_nothing_that_counts(generate: Callable[...
     (png.out / "images" / "000011.png").unlink()
     png.run(False)
     assert contents(png.out) == before
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path):
+    """SIGKILL as soon as two chunks are there, whatever the process does at that moment."""
+    arguments = [sys.executable, "-m", "hmar_mega", "sample", str(folder), "--num", "160", "--device", "cpu"]
+    arguments += ["--chunk-size", "4", "--batch-size", "2", "--out"]
+    killed = subprocess.Popen([*arguments, str(tmp_path / "killed")])
+    chunks = tmp_path / "killed" / "chunks"
+    while killed.poll() is None and len(list(chunks.glob("[0-9]*.npz"))) < 2:
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    made = len(list(chunks.glob("[0-9]*.npz")))
+    assert 2 <= made < 40
+    assert not (tmp_path / "killed" / "samples.npz").exists()
+    before = {path: path.stat().st_mtime_ns for path in chunks.glob("[0-9]*.npz")}
+    for name in ("killed", "whole"):
+        assert main([*arguments[3:], str(tmp_path / name)]) == 0
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    for path in chunks.glob(".*"):  # what the kill left half-written
+        path.unlink()
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_a_long_generation_logs_its_rate_and_the_time_left(
+    generate: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(generation, "LOG_EVERY", 0.0)
+    with caplog.at_level(logging.INFO):
+        generate().run(False)
+    found = [re.fullmatch(r"images (\d+)/23 \| [\d.]+ img/s \| \d+ min left", m) for m in caplog.messages]
+    assert [match[1] for match in found if match] == ["5", "10", "15", "20", "23"]
 
 
 def test_a_complete_generation_does_nothing(generate: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch):

@@ -95,6 +95,9 @@ def test_an_export_says_which_weights_it_has(run: Path, tmp_path: Path):
     assert open_model(tmp_path / "average", "cpu", ema=True).settings["trained"]["ema"]
     with pytest.raises(UserError, match="was exported without its moving average"):
         open_model(tiny_export(tmp_path / "plain"), "cpu", ema=True)
+    for options in ({"checkpoint": "best"}, {"tokenizer_folder": tmp_path / "vae"}):
+        with pytest.raises(UserError, match="is an exported model, with one checkpoint and its own tokenizer"):
+            open_model(tmp_path / "plain", "cpu", **options)
 
 
 def test_a_tokenizer_that_has_moved_is_named(run: Path, tmp_path: Path):
