@@ -27,6 +27,7 @@ from hmar_mega.data.index import Kind, Offsets, ShardIndex, load_offsets, read_i
 from hmar_mega.data.order import SampleOrder
 from hmar_mega.data.threads import map_ahead
 from hmar_mega.errors import UserError
+from hmar_mega.micro_batches import check_batch_sizes
 
 __all__ = ["Batch", "Sample", "SampleOrder", "ShardReader", "StreamLoader", "check_fingerprint", "eval_batches"]
 
@@ -291,31 +292,6 @@ class StreamLoader:
             _read_batch(self._reader, samples[at : at + self._micro_batch_size], start + at)
             for at in range(0, share, self._micro_batch_size)
         ]
-
-
-def check_batch_sizes(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
-    """Raise UserError, naming sizes that fit, unless `global_batch_size` divides into whole micro-batches a rank."""
-    unit = dp_size * micro_batch_size
-    if min(global_batch_size, unit) >= 1 and global_batch_size % unit == 0:
-        return
-    given = (
-        f"global_batch_size={global_batch_size} does not divide into micro-batches of {micro_batch_size} "
-        f"on {dp_size} data-parallel ranks"
-    )
-    if global_batch_size < 1 or micro_batch_size < 1:
-        raise UserError(f"{given}; both sizes must be at least 1")
-    micro_batches, cut = divmod(global_batch_size, micro_batch_size)
-    ranks = [] if cut else [d for d in range(1, micro_batches + 1) if micro_batches % d == 0]
-    near = [*[d for d in ranks if d < dp_size][-2:], *[d for d in ranks if d > dp_size][:2]]
-    if near:
-        given += f" ({' or '.join(map(str, near))} would fit)"
-    below = global_batch_size // unit * unit
-    fits = f"global_batch_size={f'{below} or ' if below else ''}{below + unit}"
-    if global_batch_size % dp_size == 0:
-        rank_size = global_batch_size // dp_size
-        micro = [size for size in range(1, rank_size + 1) if rank_size % size == 0]
-        fits += f", or micro_batch_size={', '.join(map(str, micro))}"
-    raise UserError(f"{given}; use {fits}")
 
 
 def eval_batches(

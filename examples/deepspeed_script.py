@@ -1,7 +1,7 @@
 """HMAR in a bare DeepSpeed script: its engine and ZeRO, with or without tensor parallelism, no mcore schedule.
 
     torchrun --nproc-per-node 2 examples/deepspeed_script.py my.yaml data.train=tokens tokenizer.path=vae \
-        parallel.zero_stage=2 optim.max_steps=3
+        parallel.zero_stage=2 precision.compute=fp32 optim.max_steps=3
 
 Takes the settings of `hmar-mega train` and gives its losses, in float32.
 """

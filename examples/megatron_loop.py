@@ -1,7 +1,7 @@
 """HMAR in a bare Megatron-core loop: mcore's DistributedDataParallel, distributed optimizer and schedule, no DeepSpeed.
 
     torchrun --nproc-per-node 2 examples/megatron_loop.py my.yaml data.train=tokens tokenizer.path=vae \
-        parallel.tensor_parallel=2 optim.max_steps=3 run.dir=out
+        parallel.tensor_parallel=2 precision.compute=fp32 optim.max_steps=3 run.dir=out
 
 Takes the settings of `hmar-mega train` and gives its losses, in float32. Checkpoints go to run.dir, if given.
 """
@@ -27,6 +27,8 @@ def main(name: str, overrides: list[str]) -> None:
     config = plugin.run_config(load_config(name, overrides))
     parallel, optim = config.parallel, config.optim
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
     parallel_state.initialize_model_parallel(

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from hmar_mega.checkpoint.sources import EMA
 from hmar_mega.config import Config
-from hmar_mega.data.reader import check_batch_sizes
 from hmar_mega.errors import UserError
+from hmar_mega.micro_batches import micro_batch_size
 from hmar_mega.model.hmar import decays
 from hmar_mega.objective import Objective, Scores, TokenBatch
 from hmar_mega.parallel import zero
 from hmar_mega.parallel.dims import ParallelDims
-from hmar_mega.parallel.pipeline import PipelineModel, PipelineSchedule, batches_fit
+from hmar_mega.parallel.pipeline import PipelineModel, PipelineSchedule
 from hmar_mega.schedules import Schedule
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,12 @@ class Engine:
         self.skipped_in_a_row = 0
         self._images_at_once = micro * dims.data_parallel
         optimizer = _adamw(model, config, dims)
-        exact = {n: p.detach().to("cpu", torch.float32, copy=True).flatten() for n, p in model.named_parameters()}
+        rounded = config.precision.compute != "fp32"  # DeepSpeed then rounds weights before it copies its masters
+        exact = {
+            n: p.detach().to("cpu", torch.float32, copy=True).flatten()
+            for n, p in model.named_parameters()
+            if rounded or not p.requires_grad
+        }
         chatter = io.StringIO()  # its bf16 optimizer prints memory figures whatever its log level
         with contextlib.redirect_stdout(chatter):
             self.deepspeed, *_ = deepspeed.initialize(
@@ -195,7 +200,8 @@ class Engine:
     def _restore_exact(self, exact: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
         """Undo DeepSpeed's rounding of the masters to the compute format, and keep frozen weights as they were."""
         for name, owned in self.partitions().items():
-            owned.weight.copy_(exact[name][owned.start : owned.stop])
+            if name in exact:
+                owned.weight.copy_(exact.pop(name)[owned.start : owned.stop])
         frozen = {}
         for name, parameter in self.model.named_parameters():
             span = None if parameter.requires_grad else zero.frozen_span(parameter)
@@ -209,33 +215,6 @@ class Engine:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = decay if group["decays"] else 0.0
-
-
-def micro_batch_size(config: Config, data_parallel: int) -> int:
-    """Samples a data-parallel rank runs at once: as configured, else the largest divisor of its share up to 32.
-
-    Raises:
-        UserError: when a batch of the run cannot be divided evenly; the sizes that can are named.
-    """
-    ranks, sizes, micro = data_parallel, config.data.batch_plan.sizes, config.data.micro_batch_size
-    stages, virtual = config.parallel.pipeline_parallel, config.parallel.virtual_pipeline_parallel
-
-    def fits(micro: int) -> bool:
-        return all(s % (ranks * micro) == 0 and batches_fit(s // (ranks * micro), stages, virtual) for s in sizes)
-
-    if micro is None:
-        micro = max((m for m in range(1, 33) if fits(m)), default=1)
-    for size in sizes:
-        check_batch_sizes(size, micro, ranks)
-    if not fits(micro):
-        share = math.gcd(*sizes) // ranks
-        good = [m for m in range(1, share + 1) if fits(m)]
-        raise UserError(
-            f"micro_batch_size={micro} makes {[s // (ranks * micro) for s in sizes]} micro-batches a step, and "
-            f"virtual_pipeline_parallel={virtual} needs a multiple of the {stages} pipeline stages; use "
-            + (f"micro_batch_size={', '.join(map(str, good))}" if good else "virtual_pipeline_parallel=1")
-        )
-    return micro
 
 
 def _adamw(model: nn.Module, config: Config, dims: ParallelDims) -> torch.optim.Optimizer:

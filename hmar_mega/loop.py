@@ -143,7 +143,7 @@ def _step(run: Run, window: Window) -> Window:
 
 
 def _record_skipped(run: Run, batches: Sequence[TokenBatch], losses: Tensor) -> None:
-    """Note whose gradients were not finite; collective over data-parallel ranks.
+    """Note whose gradients were not finite; collective over all ranks.
 
     Raises:
         TrainingError: after `optim.max_bad_steps` such steps in a row.
@@ -185,7 +185,7 @@ def _open_window(run: Run) -> Window:
 
 
 def _log_line(run: Run, window: Window, lr: float) -> None:
-    """One readable line and one row of figures; collective over data-parallel ranks."""
+    """One readable line and one row of figures; collective over all ranks."""
     config, engine = run.config, run.engine
     sums = torch.cat([window.loss.view(1), window.scales.flatten()])
     dist.all_reduce(sums)

@@ -19,9 +19,16 @@ import torch.distributed as dist
 
 from hmar_mega import loop
 from hmar_mega.checkpoint.canonical import load_optimizer, load_weights
-from hmar_mega.checkpoint.resume import check_origin, last_checkpoint_name, resumable, verify_together
+from hmar_mega.checkpoint.folders import step_of
+from hmar_mega.checkpoint.resume import (
+    check_origin,
+    last_checkpoint_name,
+    resumable,
+    resumable_together,
+    verify_together,
+)
 from hmar_mega.checkpoint.saver import CheckpointSaver
-from hmar_mega.checkpoint.sources import CheckpointReader, open_weights
+from hmar_mega.checkpoint.sources import BEST, CheckpointReader, find_checkpoint, open_weights
 from hmar_mega.config import Config
 from hmar_mega.config_io import config_to_yaml
 from hmar_mega.data.reader import SampleOrder, ShardReader, StreamLoader, check_fingerprint, eval_batches
@@ -77,7 +84,8 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
         watch_peers(dims, config.run.peer_timeout, lambda: last_checkpoint_name(folder)),
         run_lock(folder, dims),
     ):
-        reader = resumable(config, folder, tokenizer.fingerprint)  # again, now that nobody else writes there
+        # again, now that nobody else writes there
+        reader = resumable_together(config, folder, tokenizer.fingerprint, dims)
         schedule = Schedule.of(config, len(data))
         plan = config.data.batch_plan
         last_step = plan.steps_for(schedule.total_steps * plan.full)
@@ -88,7 +96,7 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
         engine, start, best = _build_engine(config, folder, dims, schedule, reader)
         agreement = Agreement(interrupts or Interrupts(), dims)
         run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step, agreement)
-        run.progress.best_loss = best
+        run.progress.best_loss = _best_so_far(run, best)
         run.saver.failed_saves = int(reader.state.get("failed_saves", 0)) if reader is not None else 0
         if dims.is_main and engine.step < last_step:
             _write_run_files(config, folder, run.state)
@@ -108,6 +116,17 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
                 run.saver.close()
         run.loader.close()
     return folder
+
+
+def _best_so_far(run: loop.Run, best: float) -> float:
+    """The best validation loss of the run: the checkpoint's own, or that of an evaluation made up for after it."""
+    found = [best]
+    if run.dims.is_main and (pointed := find_checkpoint(run.folder, BEST)) is not None:
+        rows = read_metrics(run.folder)
+        losses = [row["all_scales"] for row in rows if row["kind"] == "val" and row["step"] == step_of(pointed)]
+        found = [min([best, *losses])]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _evaluation_due(run: loop.Run, reader: CheckpointReader) -> bool:

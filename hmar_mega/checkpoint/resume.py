@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hmar_mega.checkpoint.checksums import Damage, describe, find_damage, read_sums
+from hmar_mega.checkpoint.checksums import Damage, describe, find_damage, read_sums, sha256_of
 from hmar_mega.checkpoint.sources import LATEST, CheckpointReader, earlier_whole, find_checkpoint, open_weights
 from hmar_mega.config import Config
 from hmar_mega.errors import UserError
@@ -59,6 +59,33 @@ def resumable(config: Config, folder: Path, fingerprint: str) -> CheckpointReade
     ):
         _check_same(section, key, stored[section].get(key), now[section][key], folder)
     return reader
+
+
+def resumable_together(config: Config, folder: Path, fingerprint: str, dims: ParallelDims) -> CheckpointReader | None:
+    """`resumable` as the first process sees it, in every process: a shared disk may show others an older `latest`.
+
+    Raises:
+        UserError: in every process, what `resumable` raises in the first; and where a process sees other files.
+    """
+    said: list[Any] = [None, None, None]
+    if dims.is_main:
+        try:
+            reader = resumable(config, folder, fingerprint)
+            said = [reader and str(reader.folder), reader and sha256_of(reader.folder / "state.json"), None]
+        except UserError as err:
+            said[2] = str(err)
+    dist.broadcast_object_list(said, src=0)
+    path, digest, refusal = said
+    if refusal is not None:
+        raise UserError(refusal)
+    if path is None:
+        return None
+    if not (Path(path) / "state.json").is_file() or sha256_of(Path(path) / "state.json") != digest:
+        raise UserError(
+            f"{path} is not the same on every node: run.dir must be on a disk that all nodes share; if it is, wait a "
+            "moment until they all see it and start again"
+        )
+    return CheckpointReader(Path(path))
 
 
 def last_checkpoint_name(folder: Path) -> str:

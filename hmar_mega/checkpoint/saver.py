@@ -87,15 +87,15 @@ class CheckpointSaver:
 
     Args:
         run: run directory.
-        failed_saves: how many failed before, when a run is resumed.
 
     Attributes:
-        failed_saves: saves that left no checkpoint; the same in every process once it has waited.
+        failed_saves: saves that left no checkpoint, those before a resume too; the same in every process once it has
+            waited.
     """
 
-    def __init__(self, run: Path, engine: Engine, settings: CheckpointConfig, failed_saves: int = 0) -> None:
+    def __init__(self, run: Path, engine: Engine, settings: CheckpointConfig) -> None:
         self.run, self.engine, self.settings = run, engine, settings
-        self.failed_saves = failed_saves
+        self.failed_saves = 0
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None

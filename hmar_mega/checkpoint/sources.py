@@ -242,6 +242,10 @@ def find_checkpoint(run: Path, which: str = LATEST) -> Path | None:
         if (candidate / "state.json").is_file():
             return candidate
     complete = complete_checkpoints(run)
+    if which == LATEST and complete and not (folder / LATEST).exists():
+        # what a kill leaves between a run's first checkpoint and the pointer to it
+        log.warning("%s is missing; taking the newest complete checkpoint, %s", folder / LATEST, complete[-1].name)
+        return complete[-1]
     if which == LATEST and complete:
         raise UserError(
             f"{folder / LATEST} names no complete checkpoint, but there are {', '.join(p.name for p in complete)}; "

@@ -1,6 +1,6 @@
 """The grid of ranks: the only place that knows which process does what.
 
-"axis" here means an axis of that grid (tensor, data); "dim" everywhere else means a dimension of a tensor.
+"axis" here means an axis of that grid (tensor, pipeline, data); "dim" everywhere else means a dimension of a tensor.
 """
 
 from __future__ import annotations

@@ -227,21 +227,36 @@ class _Watch:
         """Say who was lost, and end the process."""
         with self._ending:
             assert self.loss is not None
-            log.error("%s", self._obituary(self.loss))
-            if self.rank == 0:
-                self._serve("seen", self.world - 1, 3 * self.interval)
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
-            os._exit(STOPPED_STATUS if self.loss.stopped else LOST_RANK_STATUS)
+            try:
+                log.error("%s", self._obituary(self.loss))
+                if self.rank == 0:
+                    self._serve("seen", self.world - 1, 3 * self.interval)
+                for stream in (sys.stdout, sys.stderr):
+                    with contextlib.suppress(OSError, ValueError):
+                        stream.flush()
+            finally:  # whatever cannot be said, leave
+                os._exit(STOPPED_STATUS if self.loss.stopped else LOST_RANK_STATUS)
 
     def _obituary(self, loss: Loss) -> str:
         if loss.stopped:
             return f"rank {loss.rank} stopped: {loss.why}"
-        onward = f"last checkpoint: {self.last_checkpoint()}; start the same command again to go on from it"
+        onward = f"last checkpoint: {self._last_checkpoint()}; start the same command again to go on from it"
         if loss.rank == self.rank:
             return f"the others have given up this rank, {loss.rank} ({loss.who}): {loss.why}; {onward}"
         return f"lost rank {loss.rank} ({loss.who}): {loss.why}; {onward}"
+
+    def _last_checkpoint(self) -> str:
+        """Its name, unless the disk does not say it within two intervals: then the process leaves without it."""
+        found = ["unknown"]
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):
+                found[0] = self.last_checkpoint()
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(2 * self.interval)
+        return found[0]
 
     def _serve(self, counter: str, wanted: int, most: float) -> None:
         """Rank 0 keeps the store until so many ranks have counted themselves in, at most `most` seconds."""

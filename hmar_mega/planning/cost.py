@@ -27,6 +27,10 @@ from hmar_mega.planning.workload import Workload
 TRAFFIC_OUTER, TRAFFIC_ATTENTION, TRAFFIC_HIDDEN = 52.0, 72.0, 8.0
 BACKWARD_TRAFFIC = 2.5
 
+#: What the host takes under ZeRO-3 to gather, release and reduce the parameters of a layer, in the forward and backward
+#: pass of a micro-batch: d16, 256 px, batch 32 on one H100 took 357 ms a step (benchmarks/results/plan_memory.md).
+ZERO3_HOST_SECONDS = 0.0142
+
 #: The same of the backward pass of slicing q, k and v by scale: each slice's gradient is a whole tensor, mostly zeros,
 #: and they are added up. Bytes a scale, in bf16: written, and read twice and written.
 TRAFFIC_SLICE = 3 * (2 + 6)
@@ -225,7 +229,7 @@ def _stage(work: Workload, layout: Layout, cluster: Cluster, rank: int) -> _Stag
     elementwise = (layers * moved * e / 2 + logits) / (cluster.memory_gb_per_s * 1e9)
 
     operations = (BLOCK_OPERATIONS * layers + (HEAD_OPERATIONS if head else 0)) * (1 + BACKWARD_OPERATIONS + again)
-    starting = operations * cluster.launch_us * 1e-6
+    starting = operations * cluster.launch_us * 1e-6 + (layers * ZERO3_HOST_SECONDS if layout.zero == 3 else 0.0)
     # attention_seconds has the host's time for its calls already
     host = max(0.0, starting - products - elementwise)
     return _Stage(layers, head, products, attention, elementwise, host, weight / rate)

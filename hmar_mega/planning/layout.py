@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hmar_mega.config import Config
-from hmar_mega.data.reader import check_batch_sizes
 from hmar_mega.errors import UserError
+from hmar_mega.micro_batches import micro_batch_size
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,8 @@ class Layout:
                 f"multiple of {tensor * pipeline} GPUs"
             )
         data = world // (tensor * pipeline)
-        micro = micro_batch(config, data)
+        micro = micro_batch_size(config, data)
         accumulation = config.data.global_batch_size // (micro * data)
-        if parallel.virtual_pipeline_parallel > 1 and accumulation % pipeline:
-            raise UserError(
-                f"virtual_pipeline_parallel={parallel.virtual_pipeline_parallel} needs micro-batches a step that "
-                f"pipeline_parallel={pipeline} divides, and there are {accumulation}; change data.micro_batch_size or "
-                "data.global_batch_size, or set virtual_pipeline_parallel=1"
-            )
         return cls(
             tensor, parallel.sequence_parallel, pipeline, parallel.virtual_pipeline_parallel, data,
             parallel.zero_stage, parallel.recompute, micro, accumulation,
@@ -82,16 +76,3 @@ class Layout:
             f"parallel.recompute={self.recompute}",
             f"data.micro_batch_size={self.micro_batch}",
         ]
-
-
-def micro_batch(config: Config, data_parallel: int) -> int:
-    """Samples a data-parallel rank runs at once, as the engine chooses them.
-
-    The engine's own function brings Megatron-core and DeepSpeed along; a test holds the two together.
-    """
-    total, micro = config.data.global_batch_size, config.data.micro_batch_size
-    if micro is None and total % data_parallel == 0:
-        share = total // data_parallel
-        return max(m for m in range(1, min(share, 32) + 1) if share % m == 0)
-    check_batch_sizes(total, micro or 1, data_parallel)
-    return micro or 1

@@ -6,6 +6,7 @@ checks of batch sizes that training makes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 from hmar_mega.config import Config
 from hmar_mega.config_io import parse_config
 from hmar_mega.errors import UserError
+from hmar_mega.micro_batches import batches_fit
 from hmar_mega.planning.cluster import GIB, Cluster
 from hmar_mega.planning.cost import Cost, cost_of
 from hmar_mega.planning.layout import Layout
@@ -64,17 +66,17 @@ def plan_layout(work: Workload, layout: Layout, cluster: Cluster, factor: float 
 
 def legal_layouts(config: Config, cluster: Cluster) -> Iterator[Layout]:
     """Every layout of `config` that its own checks accept on the whole cluster."""
-    world, batch = cluster.gpus, config.data.global_batch_size
+    world, sizes = cluster.gpus, config.data.batch_plan.sizes
     tree = config.model_dump(mode="json")
     for tensor in (t for t in range(1, cluster.gpus_per_node + 1) if world % t == 0):
         for sequence in {False, tensor > 1}:
             for pipeline in (p for p in range(1, world // tensor + 1) if world // tensor % p == 0):
                 data = world // tensor // pipeline
-                if batch % data or pipeline > config.model.depth:
+                if any(size % data for size in sizes) or pipeline > config.model.depth:
                     continue
                 for virtual in _virtual(config.model.depth, pipeline):
                     for zero in (1, 2, 3):
-                        yield from _accepted(tree, tensor, sequence, pipeline, virtual, data, zero, batch)
+                        yield from _accepted(tree, tensor, sequence, pipeline, virtual, data, zero, sizes)
 
 
 def _virtual(depth: int, pipeline: int) -> list[int]:
@@ -82,10 +84,17 @@ def _virtual(depth: int, pipeline: int) -> list[int]:
 
 
 def _accepted(
-    tree: dict[str, Any], tensor: int, sequence: bool, pipeline: int, virtual: int, data: int, zero: int, batch: int
+    tree: dict[str, Any],
+    tensor: int,
+    sequence: bool,
+    pipeline: int,
+    virtual: int,
+    data: int,
+    zero: int,
+    batches: tuple[int, ...],
 ) -> Iterator[Layout]:
-    share = batch // data
-    sizes = [b for b in range(1, min(share, LARGEST_MICRO_BATCH) + 1) if share % b == 0]
+    share, least = batches[-1] // data, math.gcd(*batches) // data
+    sizes = [b for b in range(1, min(least, LARGEST_MICRO_BATCH) + 1) if least % b == 0]
     parallel = {
         **tree["parallel"], "tensor_parallel": tensor, "sequence_parallel": sequence, "pipeline_parallel": pipeline,
         "virtual_pipeline_parallel": virtual, "zero_stage": zero,
@@ -95,7 +104,7 @@ def _accepted(
     except UserError:
         return
     for size in sizes:
-        if virtual > 1 and share // size % pipeline:
+        if not all(batches_fit(batch // (data * size), pipeline, virtual) for batch in batches):
             continue
         for recompute in ("none", "selective", "full"):
             yield Layout(tensor, sequence, pipeline, virtual, data, zero, recompute, size, share // size)

@@ -110,15 +110,26 @@ class MeasuredStep:
     source: str
 
 
+MEASURED_ON = "one H100, torch 2.11.0+cu130, attention sdpa (benchmarks/results/plan_memory.md)"
+
 #: Steps of this repository's engine; predictions are multiplied by the median of measured / predicted.
-STEPS = (
-    MeasuredStep(
-        "train/d16-256",
-        ("data.global_batch_size=64", "data.micro_batch_size=64", "precision.compute=bf16"),
-        "h200",
-        189.0,
-        "one H200, torch 2.11.0+cu130, attention sdpa, untuned: 186–192 img/s",
-    ),
+STEPS = tuple(
+    MeasuredStep(name, (*settings, "precision.compute=bf16"), "h100", images, MEASURED_ON)
+    for name, settings, images in (
+        ("train/d16-256", ("data.global_batch_size=64", "data.micro_batch_size=64"), 167.6),
+        ("train/d16-256", ("data.global_batch_size=64", "data.micro_batch_size=64", "parallel.recompute=full"), 135.4),
+        (
+            "train/d16-256",
+            ("data.global_batch_size=64", "data.micro_batch_size=64", "parallel.recompute=selective"),
+            155.8,
+        ),
+        (
+            "train/d24-256",
+            ("data.global_batch_size=32", "data.micro_batch_size=32", "parallel.recompute=selective"),
+            63.4,
+        ),
+        ("train/d24-512", ("data.global_batch_size=8", "data.micro_batch_size=8"), 19.3),
+    )
 )
 
 

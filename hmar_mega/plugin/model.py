@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from hmar_mega.config import Config
 from hmar_mega.config_io import load_config
-from hmar_mega.engine import COMPUTE_DTYPES
 from hmar_mega.errors import UserError
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.model.layers_mcore import McoreLayers
@@ -40,7 +39,8 @@ class StageModel(MegatronModule):
     """
 
     def __init__(self, model: HMAR, run_config: Config, vp_stage: int | None = None) -> None:
-        super().__init__(transformer_config(run_config, COMPUTE_DTYPES[run_config.precision.compute]))
+        # the number format is the loop's own: who converts the weights sets config.pipeline_dtype too
+        super().__init__(transformer_config(run_config, next(model.parameters()).dtype))
         self.model, self.run_config, self.vp_stage = model, run_config, vp_stage
         self.pre_process, self.post_process = model.stage.first, model.stage.last
         self.model_type = ModelType.encoder_or_decoder
@@ -134,8 +134,16 @@ def model_provider(
 
 
 def run_config(config: Config | str | Path) -> Config:
-    """The configuration with its tokenizer section as the tokenizer of `tokenizer.path` has it."""
+    """The configuration with its tokenizer section as the tokenizer of `tokenizer.path` has it.
+
+    Raises:
+        UserError: for settings that only `hmar-mega train` carries out.
+    """
     config = config if isinstance(config, Config) else load_config(config)
+    if config.data.batch_ramp is not None:
+        raise UserError(
+            "data.batch_ramp is not for loops of your own, which decide how many micro-batches a step has; leave it out"
+        )
     if config.tokenizer.path is None:
         return config
     tokenizer = load_tokenizer(config.tokenizer.path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -33,7 +34,13 @@ MAX_RANKS = 8
 #: Imported once by the server; the children are forked with them. hmar_mega.train, which brings Megatron-core, comes
 #: before deepspeed because it silences what the two say while they are imported; pytest, because the children import
 #: the test modules.
-PRELOADED = ["torch", "pytest", "hmar_mega.train", "deepspeed"]
+PRELOADED = [
+    "torch", "pytest", "hmar_mega.train", "deepspeed",
+    # what every run would import after it has started, in each of its processes
+    "hmar_mega.parallel.mpu", "megatron.core.models.backends", "deepspeed.comm.mori", "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.superoffload.superoffload_stage3", "PIL.PngImagePlugin",
+]  # fmt: skip
 
 #: What the server, and so every rank, sees of the machine. DS_ACCELERATOR is read while deepspeed is imported.
 SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -200,6 +207,7 @@ def _child(
     faulthandler.register(signal.SIGUSR1, file=stack.open("w"))
     os.environ.update(environment)
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported is nobody's garbage, and looking at it would copy its memory
     try:
         outcome = pickle.dumps((True, function(*args)))
     except BaseException:

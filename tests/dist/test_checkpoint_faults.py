@@ -105,6 +105,7 @@ def test_killed_at_ten_moments_of_saving_a_run_always_goes_on_and_ends_as_if_nev
             run_ranks(1, killed_rank, config, moments.randint(1, OPERATIONS), 0)
         assert caught.value.exit_codes == [-signal.SIGKILL]
         found = find_checkpoint(folder)
+        assert found is not None or reached == 0
         if found is not None:
             reader = CheckpointReader(found)
             reader.verify()

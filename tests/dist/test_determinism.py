@@ -17,7 +17,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["single", "tensor2_data2", "sequence2_data2_zero3"])
+@pytest.mark.parametrize("layout", ["single", "tensor2_data2", "sequence2_data2_zero3", "pipeline2_tensor2"])
 def test_two_runs_are_bitwise_equal(inputs, tmp_path, layout):
     first, second = (train(inputs, tmp_path / name, layout, *SETTINGS) for name in ("first", "second"))
     assert {kind for _, kind in first.tensors} == {"weight", "exp_avg", "exp_avg_sq"}

@@ -90,5 +90,5 @@ def test_shared_memory_of_a_run_is_removed():
 
 
 def test_more_processes_than_the_machine_bears_are_refused():
-    with pytest.raises(ValueError, match="use 1 to 4"):
-        run_ranks(5, hang)
+    with pytest.raises(ValueError, match="use 1 to 8"):
+        run_ranks(9, hang)

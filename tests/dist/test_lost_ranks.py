@@ -17,6 +17,7 @@ import pytest
 import torch
 from harness import RanksFailed, run_ranks
 from runs import BATCH, LAYOUTS, Command, Inputs, Outcome, config_file, largest_difference, tiny_config, train, train_rank
+from tables import record
 
 from hmar_mega.config import Config
 from hmar_mega.errors import UserError
@@ -37,22 +38,22 @@ def faulty_rank(file: str, culprit: int, fault: signal.Signals | None, moment: s
     from hmar_mega.cli import main
     from hmar_mega.objective import Objective
 
-    honest = Objective.training
+    honest = Objective.inputs
 
-    def training(self, forward, batch):
+    def inputs_of(self, batch, *, training, stage=None):
         if int(batch.positions.min()) // BATCH == FAULTY_STEP - 1 and int(os.environ["RANK"]) == culprit:
             Path(moment).touch()
             if fault is None:
                 raise UserError("shard 7 is damaged")
             os.kill(os.getpid(), fault)
-        return honest(self, forward, batch)
+        return honest(self, batch, training=training, stage=stage)
 
     def leave(status: int) -> None:
         Path(f"{moment}-{os.environ['RANK']}").touch()
         exit_process(status)
 
     exit_process, os._exit = os._exit, leave
-    Objective.training = training
+    Objective.inputs = inputs_of
     return main(["train", file])
 
 
@@ -69,7 +70,7 @@ def run_faulty(inputs: Inputs, folder: Path, layout: str, culprit: int, fault: s
     assert others == [LOST_RANK_STATUS] * (world - 1), caught.value
     ends = [Path(f"{moment}-{rank}").stat().st_mtime for rank in range(world) if rank != culprit]
     seconds = max(ends) - moment.stat().st_mtime
-    print(f"{layout}, {fault.name} of rank {culprit}: all gone after {seconds:.1f} s")
+    record("faults", fault=f"{fault.name} of rank {culprit}", layout=layout, seconds=seconds, peer_timeout=3)
     assert seconds < PROMISED_SECONDS
     return caught.value
 
@@ -89,7 +90,7 @@ def whole(tmp_path_factory, inputs) -> Iterator[dict[str, Outcome]]:
     return {layout: train(inputs, folder / layout, layout, *SETTINGS) for layout in ("data2", "tensor2")}
 
 
-@pytest.mark.parametrize(("layout", "culprit"), [("data2", 1), ("tensor2", 0)])
+@pytest.mark.parametrize(("layout", "culprit"), [("data2", 1), ("tensor2", 0), ("pipeline2", 1)])
 def test_after_a_kill_the_others_name_the_rank_and_the_run_goes_on_as_if_undisturbed(
     inputs, tmp_path, whole, layout, culprit
 ):

@@ -77,6 +77,19 @@ def test_fp16_is_close_to_float32(inputs, float32, tmp_path, layout):
     assert_close(Outcome.of(tmp_path / "run"), float32, "fp16")
 
 
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_stages_that_train_nothing_stay_finite_at_any_loss_scale(inputs, tmp_path, compute):
+    """Stage 2 on four stages: on the second, and in part on others, only ballast is trained."""
+    world, settings = LAYOUTS["pipeline4"]
+    deep = ("model.depth=4", "model.mask_layers=1")
+    train(inputs, tmp_path / "first", "single", *deep, "optim.max_steps=1")
+    config = tiny_config(
+        inputs, tmp_path / "run", *settings, *deep, "stage.name=masked", f"run.init_from={tmp_path / 'first'}",
+        f"precision.compute={compute}",
+    )  # fmt: skip
+    assert {found["skipped"] for found in run_ranks(world, probe_rank, config, True)} == {0}
+
+
 @pytest.mark.parametrize("layout", ["single", "pipeline2_tensor2", "sequence2_data2_zero3"])
 def test_fp16_halves_the_loss_scale_where_gradients_overflow_and_skips_the_step(inputs, tmp_path, layout):
     """A loss 300 times as large, times 65 536, is beyond fp16."""

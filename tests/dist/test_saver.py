@@ -14,6 +14,7 @@ import pytest
 import torch
 from harness import run_ranks
 from runs import LAYOUTS, Inputs, Outcome, checkpoint_state, refusal_rank, tiny_config, train, train_rank
+from tables import record
 from test_faults import poisoned_rank
 
 from hmar_mega.checkpoint.rewrite import rewrite_checkpoint
@@ -263,6 +264,8 @@ def large(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def show(capsys: Any, title: str, all_figures: list[dict[str, int]]) -> None:
+    for rank, figures in enumerate(all_figures):
+        record("memory", what=title, rank=rank, **{name: round(size / MEBI) for name, size in figures.items()})
     with capsys.disabled():
         print(f"\n{title}")
         for rank, figures in enumerate(all_figures):

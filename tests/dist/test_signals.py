@@ -12,6 +12,7 @@ import pytest
 import torch
 from harness import run_ranks
 from runs import Command, LAYOUTS, Inputs, Outcome, checkpoint_state, config_file, tiny_config, train
+from tables import record
 
 from hmar_mega.checkpoint.sources import find_checkpoint
 from hmar_mega.metrics import read_metrics
@@ -41,16 +42,16 @@ def command_rank(file: str, moment: str, signals: Signals) -> tuple[int, float]:
             os.kill(os.getpid(), own)
 
     owner, name, when = {
-        "step": (Objective, "training", lambda *_: True),
-        "validation": (Objective, "evaluation", lambda *_: True),
+        "step": (Objective, "inputs", lambda *_, training, **__: training),
+        "validation": (Objective, "inputs", lambda *_, training, **__: not training),
         "grid": (sampler, "_sample_scale", lambda state, scale, *_: scale == 1),
     }[moment]
     honest = getattr(owner, name)
 
-    def signalled(*args: object) -> object:
-        if when(*args):
+    def signalled(*args: object, **settings: object) -> object:
+        if when(*args, **settings):
             send()
-        return honest(*args)
+        return honest(*args, **settings)
 
     setattr(owner, name, signalled)
     status = main(["train", file])
@@ -62,7 +63,10 @@ def run_signalled(inputs: Inputs, folder: Path, layout: str, moment: str, signal
     world, settings = LAYOUTS[layout]
     config = tiny_config(inputs, folder, f"data.val={inputs.val}", *settings, *EVALUATED)
     ended = run_ranks(world, command_rank, config_file(config), moment, signals)
-    assert max(seconds for _, seconds in ended) < 5
+    slowest = max(seconds for _, seconds in ended)
+    names = ", ".join(f"{number.name} at rank {rank}" for rank, number in signals.items())
+    record("faults", fault=f"{names} in a {moment}", layout=layout, seconds=slowest)
+    assert slowest < 5
     return [status for status, _ in ended]
 
 
@@ -118,6 +122,7 @@ def val_steps(folder: Path) -> list[int]:
         # in the step in which a rank is told it has voted already: all stop after the next, before its evaluation
         ("data2", {1: signal.SIGTERM}, 0, 2),
         ("tensor2", {0: signal.SIGTERM, 1: signal.SIGUSR1}, 75, 2),
+        ("pipeline2", {1: signal.SIGUSR1}, 75, 2),
     ],
 )
 def test_in_a_step_all_ranks_save_and_stop_together(inputs, tmp_path, undisturbed, layout, signals, status, last):
@@ -129,7 +134,7 @@ def test_in_a_step_all_ranks_save_and_stop_together(inputs, tmp_path, undisturbe
     assert_same_run(folder, undisturbed(layout))
 
 
-@pytest.mark.parametrize("layout", ["single", "data2", "data2_zero3"])
+@pytest.mark.parametrize("layout", ["single", "data2", "data2_zero3", "pipeline2"])
 def test_an_evaluation_cut_short_leaves_nothing_and_is_made_up_for(inputs, tmp_path, undisturbed, layout):
     folder = tmp_path / "run"
     last_rank = LAYOUTS[layout][0] - 1
@@ -142,7 +147,7 @@ def test_an_evaluation_cut_short_leaves_nothing_and_is_made_up_for(inputs, tmp_p
     assert_same_run(folder, undisturbed(layout))
 
 
-@pytest.mark.parametrize(("layout", "rank"), [("single", 0), ("tensor2", 1), ("data2_zero3", 1)])
+@pytest.mark.parametrize(("layout", "rank"), [("single", 0), ("tensor2", 1), ("data2_zero3", 1), ("pipeline2", 1)])
 def test_a_grid_cut_short_is_not_written_and_is_made_up_for(inputs, tmp_path, undisturbed, layout, rank):
     folder = tmp_path / "run"
     assert set(run_signalled(inputs, folder, layout, "grid", {rank: signal.SIGTERM})) == {0}

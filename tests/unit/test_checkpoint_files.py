@@ -136,6 +136,17 @@ def test_pointers_move_when_the_checkpoint_is_there(tmp_path: Path):
     ]  # fmt: skip
 
 
+def test_killed_before_the_first_pointer_was_written_the_newest_checkpoint_is_found(tmp_path: Path, caplog):
+    saved(tmp_path, 1, "one")
+    saved(tmp_path, 2, "two")
+    (tmp_path / "checkpoints" / "latest").unlink()
+    assert content(tmp_path) == "two"
+    assert "latest is missing" in caplog.text
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000009\n")  # somebody removed what it names
+    with pytest.raises(UserError, match="names no complete checkpoint"):
+        content(tmp_path)
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing that catches errors may run on it."""
 

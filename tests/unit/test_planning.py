@@ -10,15 +10,15 @@ from torch import Tensor
 
 from hmar_mega.config import Config
 from hmar_mega.config_io import load_config
-from hmar_mega.engine import micro_batch_size
 from hmar_mega.errors import UserError
 from hmar_mega.model.hmar import HMAR, decays
 from hmar_mega.model.layers_torch import TorchLayers
 from hmar_mega.model.stage import BALLAST
-from hmar_mega.planning import activations, layout, rates
+from hmar_mega.planning import activations, rates
 from hmar_mega.planning.cluster import Cluster, load_cluster, packaged_clusters
 from hmar_mega.planning.cost import bubble_fraction, cost_of, link, ring_bytes
 from hmar_mega.planning.layout import Layout
+from hmar_mega.planning.layouts import legal_layouts
 from hmar_mega.planning.memory import memory_of, rank_state
 from hmar_mega.planning.tensors import parameter_count, rank_parameters, rank_runs
 from hmar_mega.planning.workload import Workload
@@ -258,11 +258,13 @@ def test_attention_takes_the_measured_times_at_the_measured_shapes() -> None:
 # Layouts and clusters
 
 
-@pytest.mark.parametrize(("batch", "micro", "data"), [(768, None, 64), (8, None, 1), (36, None, 3), (64, 4, 2)])
-def test_micro_batches_are_the_engines(batch: int, micro: int | None, data: int) -> None:
-    overrides = [f"data.global_batch_size={batch}", f"data.micro_batch_size={'' if micro is None else micro}"]
-    config = load_config(None, overrides)
-    assert layout.micro_batch(config, data) == micro_batch_size(config, data)
+def test_layouts_under_a_batch_ramp_divide_each_of_its_sizes() -> None:
+    ramp = "data.batch_ramp={start: 4, increment: 4, images: 100}"
+    config = load_config("train/d16-256", ["data.global_batch_size=16", ramp])
+    found = list(legal_layouts(config, load_cluster("h100-8x1").resized(8)))
+    assert found
+    for one in found:
+        assert all(size % (one.data * one.micro_batch) == 0 for size in (4, 8, 12, 16))
 
 
 def test_a_world_that_the_axes_do_not_divide_is_refused() -> None:
@@ -276,7 +278,7 @@ def test_interleaving_wants_micro_batches_that_the_pipeline_divides() -> None:
         "train/d16-256",
         ["parallel.pipeline_parallel=4", "parallel.virtual_pipeline_parallel=2", "data.micro_batch_size=256"],
     )
-    with pytest.raises(UserError, match=r"pipeline_parallel=4 divides, and there are 3"):
+    with pytest.raises(UserError, match=r"makes \[3\] micro-batches a step.* a multiple of the 4 pipeline stages"):
         Layout.of(config, 4)
 
 

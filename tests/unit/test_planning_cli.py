@@ -15,7 +15,7 @@ from hmar_mega.planning.cluster import load_cluster
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.layouts import calibration, legal_layouts, ranked
 from hmar_mega.planning.memory import memory_of
-from hmar_mega.planning.rates import STEPS, read_steps
+from hmar_mega.planning.rates import STEPS, MeasuredStep, read_steps
 from hmar_mega.planning.scaling import project
 from hmar_mega.planning.workload import Workload
 
@@ -124,11 +124,12 @@ def test_bad_input_is_a_user_error(capsys: pytest.CaptureFixture[str], arguments
     assert words in capsys.readouterr().err
 
 
-def test_the_calibration_puts_the_measured_step_where_it_was_measured() -> None:
-    step = STEPS[0]
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_the_calibration_puts_the_measured_steps_where_they_were_measured(step: MeasuredStep) -> None:
+    """The median exactly, the others as well as one factor can."""
     report = make_report(step.config, load_config(step.config, step.overrides), load_cluster(step.cluster).resized(1))
     assert report.own is not None
-    assert report.own.images_per_s == pytest.approx(step.images_per_s, rel=0.01)
+    assert report.own.images_per_s == pytest.approx(step.images_per_s, rel=0.1)
     assert f"× {calibration():.2f}" in report.calibration
 
 

@@ -360,7 +360,6 @@ def test_shares_and_memory_are_written_for_people():
         ("stage1/config.yaml", "is not a run directory"),
         ("stage1/metrics.jsonl", "hmar-mega train"),
         ("stage2/versions.json", "hmar-mega train"),
-        ("stage2/checkpoints/latest", "names no complete checkpoint"),
     ],
 )
 def test_what_is_missing_is_named_and_an_older_page_stays(demo, missing, message):
