@@ -107,7 +107,7 @@ def _share(text: str | None) -> tuple[int, int]:
 def _open(args: argparse.Namespace) -> tuple[ImageModel, ClassNames, SampleSettings]:
     """The model, its class names and how to sample, checked."""
     device = args.device
-    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+    if device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     cfg = None if args.cfg is None else parse_cfg(args.cfg)
     passes = None if args.mask_schedule is None else parse_mask_schedule(args.mask_schedule)
