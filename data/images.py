@@ -147,7 +147,13 @@ def image_grid(images: Tensor | Sequence[Tensor], columns: int, path: Path, valu
     """
     if len(images) == 0 or columns < 1:
         raise UserError(f"a grid needs images and columns; given are {len(images)} images and {columns} columns")
-    tiles = [tensor_to_image(image, value_range) for image in images]
+    file = io.BytesIO()
+    tile_images([tensor_to_image(image, value_range) for image in images], columns).save(file, format="PNG")
+    write_atomic(path, file.getvalue())
+
+
+def tile_images(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of one size, row by row in a grid with two white pixels between them."""
     columns, gap = min(columns, len(tiles)), 2
     rows = -(-len(tiles) // columns)
     width, height = tiles[0].size
@@ -155,6 +161,4 @@ def image_grid(images: Tensor | Sequence[Tensor], columns: int, path: Path, valu
     for number, tile in enumerate(tiles):
         row, column = divmod(number, columns)
         grid.paste(tile, (column * (width + gap), row * (height + gap)))
-    file = io.BytesIO()
-    grid.save(file, format="PNG")
-    write_atomic(path, file.getvalue())
+    return grid

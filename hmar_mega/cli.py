@@ -13,6 +13,7 @@ from hmar_mega import __version__
 from hmar_mega.checkpoint.cli import add_checkpoint_parser
 from hmar_mega.data.cli import add_data_parser
 from hmar_mega.errors import UserError
+from hmar_mega.inference.cli import add_inference_parsers
 from hmar_mega.interrupts import Interrupts
 from hmar_mega.parsers import add_command, add_config_arguments
 from hmar_mega.planning.cli import add_plan_parser
@@ -78,8 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     add_checkpoint_parser(commands)
     _add_export(commands)
-    _add_sample(commands)
-    _add_edit(commands)
+    add_inference_parsers(commands)
     return parser
 
 
@@ -159,61 +159,4 @@ def _run_export(args: argparse.Namespace) -> int:
     )
     branches = "next-scale and mask branches" if settings["mask_branch"] else "next-scale branch"
     print(f"exported step {settings['trained']['step']} of {args.run_dir} to {args.out}: {branches}, {args.dtype}")
-    return 0
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg", type=float, help="guidance scale (default: the model's own)")
-    parser.add_argument("--top-k", type=int, help="keep the k most likely tokens, 0 all (default: the model's own)")
-    parser.add_argument(
-        "--top-p", type=float, help="then keep tokens up to this probability (default: the model's own)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default: 0)")
-    parser.add_argument("--device", help="default: the first GPU, else the CPU")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the transformer (default: fp32)"
-    )
-
-
-def _add_sample(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
-    parser = add_command(
-        commands, "sample", "draw images of given classes into one PNG grid", "",
-        "  hmar-mega sample models/d16 --classes 0,3,7 --count 4 --seed 0 --out grid.png",
-    )  # fmt: skip
-    parser.add_argument("model", type=Path, metavar="MODEL", help="exported model")
-    parser.add_argument("--classes", required=True, help="comma-separated class numbers; a row each")
-    parser.add_argument("--count", type=int, default=4, help="images a class (default: 4)")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    _add_sampling(parser)
-    parser.set_defaults(run=_run_sample)
-
-
-def _run_sample(args: argparse.Namespace) -> int:
-    from hmar_mega.inference.commands import sample_grid
-
-    sample_grid(args)
-    return 0
-
-
-def _add_edit(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
-    parser = add_command(
-        commands, "edit", "generate part of an image anew, keeping the rest", "",
-        "  hmar-mega edit models/d16 photo.png --mask mask.png --class 207 --out edited.png",
-    )  # fmt: skip
-    parser.add_argument("model", type=Path, metavar="MODEL", help="exported model")
-    parser.add_argument("image", type=Path, metavar="IMAGE", help="image of the model's size")
-    parser.add_argument(
-        "--mask", type=Path, required=True, help="image of the same size: white is generated, black is kept"
-    )
-    parser.add_argument("--class", dest="label", type=int, required=True, help="class of the result")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--no-paste", action="store_true", help="show the decoder's pixels in the kept region too")
-    _add_sampling(parser)
-    parser.set_defaults(run=_run_edit)
-
-
-def _run_edit(args: argparse.Namespace) -> int:
-    from hmar_mega.inference.commands import edit_file
-
-    edit_file(args)
     return 0

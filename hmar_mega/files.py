@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from hmar_mega.errors import UserError
 
@@ -22,14 +23,24 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     Raises:
         UserError: when the folder cannot be written.
     """
-    raw = data.encode() if isinstance(data, str) else data
+    with open_atomic(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file beside `path` that becomes it when the block ends well, and vanishes when it does not.
+
+    Raises:
+        UserError: when the folder cannot be written.
+    """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
-            file.write(raw)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)

@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     SHARD_ORDER = 34
     SPLIT_ORDER = 35
     SAMPLE = 4096  #: one stream a (scale, pass): SAMPLE·(scale + 1) + pass
+    SMOOTH = 1 << 30  #: added to a pass's SAMPLE stream: the Gumbel noise of its tokens, one position a token
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:

@@ -121,15 +121,25 @@ class MultiScaleQuantizer(nn.Module):
         Returns:
             (B, Z, h, w) float32.
         """
-        side, grid = self.schedule.patch_nums[scale], self.schedule.grid
         with torch.autocast(tokens.device.type, enabled=False), exact_float32():
             codes = self.embedding(tokens).float()
             if keep is not None:
                 codes = torch.where(keep[..., None], codes, codes.new_zeros(()))
-            up = bicubic_up(codes.transpose(1, 2).unflatten(2, (side, side)), grid)
+            return self.code_features(scale, codes)
+
+    def code_features(self, scale: int, codes: Tensor) -> Tensor:
+        """φ_k(up(·)) of any vectors in place of a scale's codes: (B, p_k², Z) → (B, Z, h, w) float32."""
+        side, grid = self.schedule.patch_nums[scale], self.schedule.grid
+        with torch.autocast(codes.device.type, enabled=False), exact_float32():
+            up = bicubic_up(codes.float().transpose(1, 2).unflatten(2, (side, side)), grid)
             weight, bias = self.phi[self.phi_of_scale[scale]].parameters()
             mixed = F.conv2d(up, weight.float(), bias.float(), padding=1)
             return (1 - self.phi_ratio) * up + self.phi_ratio * mixed
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes, (V, Z)."""
+        return self.embedding.weight
 
     @torch.no_grad()
     def encode(self, f: Tensor) -> Tensor:

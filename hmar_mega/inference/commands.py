@@ -3,61 +3,188 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import os
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from hmar_mega.checkpoint.export import DTYPES
-from hmar_mega.data.images import image_grid, to_rgb
+from hmar_mega.data.images import image_grid
 from hmar_mega.errors import UserError
-from hmar_mega.inference.editing import edit_images
-from hmar_mega.inference.pipeline import load_model
+from hmar_mega.inference.canvas import (
+    Canvas,
+    boxed_canvas,
+    masked_canvas,
+    outpaint_canvas,
+    parse_box,
+    parse_room,
+    read_image,
+)
+from hmar_mega.inference.editing import Edit, edit
+from hmar_mega.inference.frames import write_gif, write_scales
+from hmar_mega.inference.generation import Generation, Request
+from hmar_mega.inference.opening import open_model
+from hmar_mega.inference.options import ClassNames, class_names, parse_cfg, parse_mask_schedule, read_requests
+from hmar_mega.inference.pipeline import ImageModel, image_seeds
+from hmar_mega.inference.sampler import SampleSettings, generate_tokens
 
-#: Images sampled at once.
+#: Images of a grid sampled at once.
 BATCH = 64
 
+#: Images a class, unless --count says otherwise.
+COUNT = 4
 
-def sample_grid(args: argparse.Namespace) -> None:
-    """Draw `count` images of each class into one grid, a row a class."""
-    try:
-        classes = [int(c) for c in args.classes.split(",")]
-    except ValueError:
-        raise UserError(f"--classes {args.classes!r} is not a comma-separated list of numbers, such as 0,3,7") from None
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: ask for at least 1 image a class")
-    model = load_model(args.model, args.device, DTYPES[args.dtype])
-    labels = [c for c in classes for _ in range(args.count)]
+
+def sample(args: argparse.Namespace) -> None:
+    """Draw images into a grid, or into a folder."""
+    into_folder = args.num is not None or (args.csv is not None and args.out.suffix.lower() != ".png")
+    _check_sample(args, into_folder)
+    part, parts = _share(args.part) if into_folder else (0, 1)
+    model, names, settings = _open(args)
+    if into_folder:
+        if args.csv is not None:
+            request = Request(*(np.asarray(column, dtype=np.int64) for column in _requests(args, model, names)))
+        else:
+            classes = names.numbers(args.classes) if args.classes else list(range(model.num_classes))
+            image_seeds([args.seed + args.num - 1, args.seed], 2)
+            request = Request.balanced(args.num, model.check_labels(classes).tolist(), args.seed)
+        generation = Generation(
+            model, settings, request, args.out, args.format, args.chunk_size, args.batch_size, part, parts
+        )
+        print(generation.run(show_progress=int(os.environ.get("RANK", 0)) == 0))
+        return
+    if args.csv is not None:
+        labels, seeds = _requests(args, model, names)
+    else:
+        labels = [c for c in names.numbers(args.classes) for _ in range(args.count or COUNT)]
+        seeds = image_seeds(args.seed, len(labels)).tolist()
     model.check_labels(labels)
-    settings = {"cfg_scale": args.cfg, "top_k": args.top_k, "top_p": args.top_p}
-    images = [
-        model.generate(labels[i : i + BATCH], **settings, seed=args.seed + i) for i in range(0, len(labels), BATCH)
-    ]
-    image_grid(torch.cat(images).cpu(), args.count, args.out, value_range=(0.0, 1.0))
-    print(f"{len(labels)} images of {len(classes)} classes in {args.out}")
+    _draw_grid(args, model, settings, labels, seeds)
+    print(f"{len(labels)} images of {len(dict.fromkeys(labels))} classes in {args.out}")
+
+
+def _check_sample(args: argparse.Namespace, into_folder: bool) -> None:
+    """Refuse what does not go together before anything is loaded."""
+    if args.classes is None and args.csv is None and args.num is None:
+        raise UserError("which images? required: --classes, --csv or --num")
+    if args.csv is not None and (args.classes is not None or args.num is not None or (args.count and into_folder)):
+        raise UserError("--csv says which images: leave out --classes, --num and, into a folder, --count")
+    if args.count is not None and args.count < 1:
+        raise UserError(f"--count {args.count}: ask for at least 1 image a class")
+    if args.num is not None and (args.num < 1 or args.count):
+        raise UserError(
+            f"--num {args.num}: ask for at least 1 image, and leave out --count: it is the number of images"
+        )
+    if into_folder and (args.gif or args.scales_out):
+        raise UserError("--gif and --scales-out show a grid: leave out --num, or with --csv let --out end in .png")
+    if not into_folder and args.part:
+        raise UserError("--part is for images into a folder: give --num N, or --csv with a folder as --out")
+    if into_folder and args.out.suffix.lower() in (".png", ".npz"):
+        raise UserError(f"--out {args.out}: with --num it is a folder; the images' format is --format {args.format}")
+
+
+def _requests(args: argparse.Namespace, model: ImageModel, names: ClassNames) -> tuple[list[int], list[int]]:
+    labels, seeds = read_requests(args.csv, names)
+    model.check_labels(labels)
+    image_seeds(seeds, len(seeds))
+    return labels, seeds
+
+
+def _share(text: str | None) -> tuple[int, int]:
+    """(part, parts) of `--part I/N`, else of torchrun's rank."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if text is None:
+        return rank, world
+    number, slash, count = text.partition("/")
+    fits = slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)
+    if not fits or world > 1:
+        why = "under torchrun the ranks share the work" if world > 1 else "give 1/4, 2/4, 3/4 and 4/4 to four processes"
+        raise UserError(f"--part {text!r} cannot be used: {why}")
+    return int(number) - 1, int(count)
+
+
+def _open(args: argparse.Namespace) -> tuple[ImageModel, ClassNames, SampleSettings]:
+    """The model, its class names and how to sample, checked."""
+    device = args.device
+    if device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    cfg = None if args.cfg is None else parse_cfg(args.cfg)
+    passes = None if args.mask_schedule is None else parse_mask_schedule(args.mask_schedule)
+    model = open_model(args.model, device, DTYPES[args.dtype], args.ema, args.checkpoint, args.tokenizer)
+    names = class_names(args.class_names, model.settings.get("classes"), model.num_classes)
+    negative = None if args.negative_class is None else names.number(args.negative_class)
+    settings = model.sample_settings(
+        cfg, args.top_k, args.top_p, passes, negative_class=negative, more_smooth=args.more_smooth
+    )
+    return model, names, settings
+
+
+def _draw_grid(
+    args: argparse.Namespace, model: ImageModel, settings: SampleSettings, labels: list[int], seeds: list[int]
+) -> None:
+    """The PNG, and the scales where they are asked for."""
+    columns = args.count or COUNT
+    if args.gif or args.scales_out:
+        scales = torch.cat(
+            [model.generate_scales(labels[b], seeds[b], settings).cpu() for b in _batches(len(labels))], dim=1
+        )
+        if args.scales_out:
+            write_scales(args.scales_out, scales, model.schedule.patch_nums, columns)
+        if args.gif:
+            write_gif(args.gif, scales, columns)
+        images = scales[-1]
+    else:
+        images = torch.cat([_images(model, settings, labels[b], seeds[b]) for b in _batches(len(labels))])
+    image_grid(images, columns, args.out, value_range=(0.0, 1.0))
+
+
+def _images(model: ImageModel, settings: SampleSettings, labels: list[int], seeds: list[int]) -> Tensor:
+    """(B, 3, H, W) in main memory."""
+    own_seeds = torch.tensor(seeds, device=model.device)
+    _, f_hat = generate_tokens(model.model, model.tokenizer.quantizer, model.check_labels(labels), own_seeds, settings)
+    return model.to_images(f_hat).cpu()
+
+
+def _batches(count: int) -> list[slice]:
+    return [slice(start, start + BATCH) for start in range(0, count, BATCH)]
 
 
 def edit_file(args: argparse.Namespace) -> None:
     """Edit one image file."""
-    model = load_model(args.model, args.device, DTYPES[args.dtype])
-    image = _read(args.image, "RGB")
-    mask = _read(args.mask, "L")[:1] >= 0.5
-    settings = model.sample_settings(args.cfg, args.top_k, args.top_p)
-    edited = edit_images(
-        model, image[None], mask[None], [args.label], seed=args.seed, settings=settings, paste=not args.no_paste
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: ask for at least 1 version")
+    if args.outpaint and args.fit == "exact":
+        raise UserError("--fit exact goes with --mask and --box: outpainting always moves the picture")
+    model, names, settings = _open(args)
+    canvas = _canvas(args, model)
+    labels = [names.number(args.label)] * args.count
+    done = edit(
+        model, canvas.image.expand(args.count, -1, -1, -1), canvas.mask[None], labels,
+        seed=args.seed, settings=settings, paste=not args.no_paste, feather=args.feather,
+    )  # fmt: skip
+    image_grid(done.images.cpu(), args.count, args.out, value_range=(0.0, 1.0))
+    for change in canvas.changes:
+        print(change)
+    print(f"{int(canvas.mask.sum())} of {canvas.mask.numel()} pixels generated anew in {args.out}")
+    if not canvas.mask.all():
+        print(kept_line(done, pasted=not args.no_paste, feather=args.feather))
+
+
+def kept_line(done: Edit, pasted: bool, feather: int) -> str:
+    """What the kept pixels lost: the worst of all versions, in dB and as a share of the full range."""
+    then = "put back as they were" if pasted and not feather else f"fading over {feather} px" if pasted else "left so"
+    return (
+        f"kept pixels as the tokenizer gives them: PSNR {float(done.kept_psnr.min()):.1f} dB, largest error "
+        f"{float(done.kept_error.max()):.3f} of 1; {then}"
     )
-    image_grid(edited.cpu(), 1, args.out, value_range=(0.0, 1.0))
-    print(f"{int(mask.sum())} of {mask.numel()} pixels generated anew in {args.out}")
 
 
-def _read(path: Path, mode: str) -> Tensor:
-    """An image file as (channels, H, W) float32 in [0, 1]."""
-    try:
-        with Image.open(path) as image:
-            converted = to_rgb(image) if mode == "RGB" else image.convert(mode)
-            pixels = np.asarray(converted, dtype=np.float32) / 255
-    except (OSError, UnidentifiedImageError) as err:
-        raise UserError(f"cannot read {path} as an image: {err}") from None
-    return torch.from_numpy(pixels).view(*pixels.shape[:2], -1).permute(2, 0, 1)
+def _canvas(args: argparse.Namespace, model: ImageModel) -> Canvas:
+    resolution, exact = model.schedule.grid * model.tokenizer.config.downsample, args.fit == "exact"
+    image = read_image(args.image)
+    if args.mask is not None:
+        return masked_canvas(image, read_image(args.mask, "L"), resolution, exact)
+    if args.box is not None:
+        return boxed_canvas(image, parse_box(args.box), resolution, exact)
+    return outpaint_canvas(image, parse_room(args.outpaint, resolution), resolution)

@@ -39,7 +39,7 @@ class GridSampler:
             config.eval.cfg_scale, config.eval.top_k, config.eval.top_p, passes, 0.0, config.stage.mask_input
         )
 
-    def __call__(self, path: Path, after_scale: Callable[[], None]) -> None:
+    def __call__(self, path: Path, after_scale: Callable[[], None] | None = None) -> None:
         """Sample and write the grid as a PNG; what `after_scale` raises ends it before anything is written."""
         _, f_hat = generate_tokens(
             self.model, self.tokenizer.quantizer, self.labels, self.seeds, self.settings, after_scale=after_scale

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hmar_mega.checkpoint.sources import ExportReader, check_shapes
+from hmar_mega.checkpoint.sources import ExportReader, WeightSource, check_shapes
 from hmar_mega.config import ModelConfig
 from hmar_mega.devices import pick_device
 from hmar_mega.errors import UserError
 from hmar_mega.inference.sampler import SampleSettings, generate_tokens
+from hmar_mega.inference.smooth import Smoothing
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.scales import ScaleSchedule, mask_schedule_for
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
@@ -99,25 +100,28 @@ class ImageModel:
     def generate(
         self,
         labels: Sequence[int] | Tensor,
-        cfg_scale: float | None = None,
+        cfg_scale: float | Sequence[float] | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         mask_schedule: Iterable[Iterable[int]] | None = None,
         mask_cfg: float | None = None,
         seed: int | Sequence[int] | Tensor = 0,
         batch_invariant: bool = False,
+        negative_class: int | None = None,
+        more_smooth: bool | Smoothing = False,
     ) -> Tensor:
         """Sample one image for every label.
 
         Args:
             labels: classes, one an image.
-            cfg_scale, top_k, top_p, mask_cfg: see `SampleSettings`; None takes the model's own.
+            cfg_scale, top_k, top_p, mask_cfg, negative_class: see `SampleSettings`; None takes the model's own.
             mask_schedule: tokens kept by each pass, for the first scales, the others being one pass. None takes the
                 model's own; a model without mask branch always takes one pass a scale.
             seed: one number s, which gives image i the seed s + i, or one for each image. The random numbers of an
                 image depend on its seed alone, not on its batch.
             batch_invariant: run every image alone, so that rounding cannot depend on the batch either; costs the
                 whole gain of batching.
+            more_smooth: mix codes, for pictures to look at; see `smooth.gumbel_codes`.
 
         Returns:
             (B, 3, H, W) float32 in [0, 1].
@@ -125,7 +129,7 @@ class ImageModel:
         Raises:
             UserError: for classes, seeds or schedules that do not exist.
         """
-        chosen = self.sample_settings(cfg_scale, top_k, top_p, mask_schedule, mask_cfg)
+        chosen = self.sample_settings(cfg_scale, top_k, top_p, mask_schedule, mask_cfg, negative_class, more_smooth)
         classes = self.check_labels(labels)
         seeds = image_seeds(seed, len(classes))
         step = 1 if batch_invariant else max(1, len(classes))
@@ -136,13 +140,37 @@ class ImageModel:
             images.append(self.to_images(f_hat))
         return torch.cat(images)
 
+    def generate_scales(
+        self,
+        labels: Sequence[int] | Tensor,
+        seed: int | Sequence[int] | Tensor = 0,
+        settings: SampleSettings | None = None,
+    ) -> Tensor:
+        """Images as they look after each scale: f̂ so far, decoded; the last is what `generate` gives.
+
+        Args:
+            labels, seed: as in `generate`.
+            settings: default the model's own.
+
+        Returns:
+            (K, B, 3, H, W) float32 in [0, 1].
+        """
+        classes = self.check_labels(labels)
+        seeds = image_seeds(seed, len(classes)).to(self.device)
+        chosen = settings if settings is not None else self.sample_settings()
+        features: list[Tensor] = []
+        generate_tokens(self.model, self.tokenizer.quantizer, classes, seeds, chosen, on_features=features.append)
+        return torch.stack([self.to_images(f_hat) for f_hat in features])
+
     def sample_settings(
         self,
-        cfg_scale: float | None = None,
+        cfg_scale: float | Sequence[float] | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         mask_schedule: Iterable[Iterable[int]] | None = None,
         mask_cfg: float | None = None,
+        negative_class: int | None = None,
+        more_smooth: bool | Smoothing = False,
     ) -> SampleSettings:
         """Fill what is None from the model's own defaults, and check all of it."""
         defaults = self.settings["sampling"]
@@ -150,8 +178,11 @@ class ImageModel:
         top_k = defaults["top_k"] if top_k is None else top_k
         top_p = defaults["top_p"] if top_p is None else top_p
         mask_cfg = defaults["mask_cfg"] if mask_cfg is None else mask_cfg
-        finite = math.isfinite(cfg_scale) and math.isfinite(mask_cfg)
-        if not finite or min(cfg_scale, mask_cfg, top_k) < 0 or not 0 < top_p <= 1:
+        if isinstance(cfg_scale, Iterable):
+            cfg_scale = self._check_strengths(cfg_scale)
+        strengths = cfg_scale if isinstance(cfg_scale, tuple) else (cfg_scale,)
+        finite = all(math.isfinite(t) for t in (*strengths, mask_cfg))
+        if not finite or min(*strengths, mask_cfg, top_k) < 0 or not 0 < top_p <= 1:
             raise UserError(
                 f"cfg_scale={cfg_scale}, mask_cfg={mask_cfg}, top_k={top_k}, top_p={top_p}: allowed are finite "
                 "cfg_scale ≥ 0 and mask_cfg ≥ 0, top_k ≥ 0 (0 keeps all) and 0 < top_p ≤ 1"
@@ -166,7 +197,21 @@ class ImageModel:
             passes = mask_schedule_for(self.schedule, given)
         except ValueError as err:
             raise UserError(str(err)) from None
-        return SampleSettings(cfg_scale, top_k, top_p, passes, mask_cfg, self.settings["mask_input"])
+        if negative_class is not None:
+            self.check_labels([negative_class])
+        smoothing = more_smooth if isinstance(more_smooth, Smoothing) else Smoothing() if more_smooth else None
+        return SampleSettings(
+            cfg_scale, top_k, top_p, passes, mask_cfg, self.settings["mask_input"], negative_class, smoothing
+        )
+
+    def _check_strengths(self, given: Sequence[float]) -> tuple[float, ...]:
+        strengths = tuple(float(t) for t in given)
+        if len(strengths) != self.schedule.num_scales:
+            raise UserError(
+                f"cfg_scale has {len(strengths)} numbers for {self.schedule.num_scales} scales: give one number, which "
+                "rises from 0 at the first scale to cfg_scale at the last, or the strength at every scale"
+            )
+        return strengths
 
     def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         """Labels as (B,) int64 on the model's device; UserError for classes that do not exist."""
@@ -213,10 +258,29 @@ def load_model(
     missing = [key for key in CONFIG_KEYS if key not in settings]
     if missing:
         raise UserError(f"{folder}/config.json lacks {', '.join(missing)}; export the model again")
-    tokenizer = MultiScaleVQVAE.load(folder / "tokenizer", device=str(device))
+    return build_model(settings, ExportReader(folder), folder, folder / "tokenizer", device, dtype)
+
+
+def build_model(
+    settings: dict[str, Any],
+    source: WeightSource,
+    folder: Path,
+    tokenizer_folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> ImageModel:
+    """The model that `settings`, an export's config.json, describes, with the weights of `source`.
+
+    Args:
+        folder: where it came from, for messages.
+
+    Raises:
+        UserError: when tokenizer, settings and weights do not fit each other.
+    """
+    tokenizer = MultiScaleVQVAE.load(tokenizer_folder, device=str(device))
     if tokenizer.fingerprint != settings["tokenizer_fingerprint"]:
         raise UserError(
-            f"{folder}/tokenizer has fingerprint {tokenizer.fingerprint}, but the model was trained on tokens of "
+            f"{tokenizer_folder} has fingerprint {tokenizer.fingerprint}, but the model was trained on tokens of "
             f"{settings['tokenizer_fingerprint']}; put the tokenizer it was trained with back"
         )
     try:
@@ -230,7 +294,7 @@ def load_model(
             )
     except (TypeError, ValueError) as err:
         raise UserError(f"{folder}/config.json is damaged ({err}); export the model again") from None
-    _fill(model, ExportReader(folder), folder, device, dtype)
+    _fill(model, source, folder, device, dtype)
     return ImageModel(model, tokenizer, settings)
 
 
@@ -249,7 +313,7 @@ def image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def _fill(model: nn.Module, source: ExportReader, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def _fill(model: nn.Module, source: WeightSource, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """Put the file's tensors in place of meta ones; buffers are recomputed on the device."""
     check_shapes(source, {n: tuple(p.shape) for n, p in model.named_parameters()}, folder)
     for name in [n for n, _ in model.named_parameters()]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from hmar_mega.inference.smooth import Smoothing, SoftCodes, gumbel_codes
 from hmar_mega.model.attention import ScaleAttention
 from hmar_mega.model.hmar import HMAR, Branch
 from hmar_mega.rng import Purpose, uniform
@@ -23,20 +25,36 @@ class SampleSettings:
     """How to sample.
 
     Attributes:
-        cfg_scale: guidance; at scale k of K the strength is t = cfg·(k−1)/(K−1), logits (1+t)·cond − t·uncond.
+        cfg_scale: guidance, logits (1+t)·cond − t·uncond. One number cfg makes the strength t = cfg·(k−1)/(K−1) at
+            scale k of K; K numbers are the strengths themselves.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: then keep the most likely tokens until their probability reaches p; 1 keeps all.
         mask_schedule: tokens that each pass keeps, one tuple a scale, each summing to p_k².
         mask_cfg: guidance of the mask passes; 0 skips their unconditional half.
         mask_input: how the mask branch was trained, see `sequence.token_features`.
+        negative_class: class that takes the place of the unconditional one in guidance; None: the unconditional one.
+        more_smooth: mix codes instead of taking one, for visualisation; see `smooth.gumbel_codes`. None: do not.
     """
 
-    cfg_scale: float
+    cfg_scale: float | tuple[float, ...]
     top_k: int
     top_p: float
     mask_schedule: tuple[tuple[int, ...], ...]
     mask_cfg: float = 0.0
     mask_input: MaskInput = "leak_free"
+    negative_class: int | None = None
+    more_smooth: Smoothing | None = None
+
+    def strengths(self, num_scales: int) -> tuple[float, ...]:
+        """The guidance strength t of each scale's next-scale pass."""
+        return guidance_strengths(self.cfg_scale, num_scales)
+
+
+def guidance_strengths(cfg_scale: float | tuple[float, ...], num_scales: int) -> tuple[float, ...]:
+    """t_k = cfg·(k−1)/(K−1) of one number (VAR, arXiv 2404.02905); K numbers are taken as they are."""
+    if isinstance(cfg_scale, tuple):
+        return cfg_scale
+    return tuple(cfg_scale * k / (num_scales - 1) for k in range(num_scales))
 
 
 @torch.inference_mode()
@@ -49,6 +67,7 @@ def generate_tokens(
     forced_tokens_BN: Tensor | None = None,
     forced_BN: Tensor | None = None,
     after_scale: Callable[[], None] | None = None,
+    on_features: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample token maps.
 
@@ -57,9 +76,11 @@ def generate_tokens(
         seeds_B: (B,) int64; an image's random numbers depend on its seed alone.
         forced_tokens_BN, forced_BN: (B, N) tokens, and True where they are forced instead of sampled.
         after_scale: called after each scale; what it raises ends the sampling.
+        on_features: called after each scale with f̂ so far, (B, Z, h, w) float32.
 
     Returns:
-        tokens (B, N) int64 and f̂ (B, Z, h, w) float32.
+        tokens (B, N) int64 and f̂ (B, Z, h, w) float32; with `more_smooth`, f̂ of mixed codes and the likeliest of each
+        mixture as token.
     """
     state = _State(model, codes, labels_B, seeds_B, settings)
     tokens = []
@@ -71,6 +92,9 @@ def generate_tokens(
         state.add(scale, tokens[-1])
         if after_scale is not None:
             after_scale()
+        if on_features is not None:
+            assert state.f_hat is not None
+            on_features(state.f_hat)
     assert state.f_hat is not None
     return torch.cat(tokens, dim=1), state.f_hat
 
@@ -90,14 +114,7 @@ def sample_truncated(logits: Tensor, numbers: Tensor, top_k: int, top_p: float) 
     Returns:
         tokens (B, n) int64 and their probability after truncation (B, n) float32.
     """
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p < 1:
-        ordered = logits.sort(dim=-1, descending=True).values
-        mass = ordered.softmax(-1)
-        count = (mass.cumsum(-1) - mass < top_p).sum(-1, keepdim=True)
-        logits = logits.masked_fill(logits < ordered.gather(-1, count - 1), float("-inf"))
+    logits = truncate(logits, top_k, top_p)
     probability = logits.softmax(-1)
     total = probability.cumsum(-1)
     possible = probability > 0
@@ -111,6 +128,19 @@ def sample_truncated(logits: Tensor, numbers: Tensor, top_k: int, top_p: float) 
     return token[..., 0], drawn[..., 0]
 
 
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (…, V) with −inf where top-k, then top-p, removes a token; see `sample_truncated`."""
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p < 1:
+        ordered = logits.sort(dim=-1, descending=True).values
+        mass = ordered.softmax(-1)
+        count = (mass.cumsum(-1) - mass < top_p).sum(-1, keepdim=True)
+        logits = logits.masked_fill(logits < ordered.gather(-1, count - 1), float("-inf"))
+    return logits
+
+
 class _State:
     """What sampling carries from scale to scale."""
 
@@ -118,10 +148,12 @@ class _State:
         self.model, self.codes, self.settings, self.seeds = model, codes, settings, seeds_B
         pattern = model.config.attention.pattern
         self.cached = pattern == "block_causal"
+        self.strengths = settings.strengths(model.schedule.num_scales)
         self.attend = ScaleAttention(pattern)
-        unconditional = torch.full_like(labels_B, model.config.num_classes)
-        self.cond = model.condition(torch.cat([labels_B, unconditional]))
+        negative = model.config.num_classes if settings.negative_class is None else settings.negative_class
+        self.cond = model.condition(torch.cat([labels_B, torch.full_like(labels_B, negative)]))
         self.f_hat: Tensor | None = None
+        self.mixed: Tensor | None = None  #: (B, n, Z) codes of the current scale, where codes are mixed
 
     @property
     def batch(self) -> int:
@@ -129,15 +161,17 @@ class _State:
 
     def add(self, scale: int, tokens: Tensor) -> None:
         """f̂ += φ_k(up(e_k))."""
-        features = self.codes.scale_features(scale, tokens)
+        if self.mixed is not None:
+            features = cast(SoftCodes, self.codes).code_features(scale, self.mixed)
+        else:
+            features = self.codes.scale_features(scale, tokens)
         self.f_hat = features if self.f_hat is None else self.f_hat + features
 
     def logits(
-        self, scale: int, branch: Branch, guidance: float, features: Tensor | None = None, mask: Tensor | None = None
+        self, scale: int, branch: Branch, strength: float, features: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Guided logits (B, n, V) of one scale; without guidance the unconditional half is not run."""
-        strength = guidance * scale / (self.model.schedule.num_scales - 1)
-        halves = 2 if strength > 0 or (self.cached and self.settings.cfg_scale > 0) else 1
+        halves = 2 if strength > 0 or (self.cached and max(self.strengths) > 0) else 1
         cond = self.cond[: halves * self.batch]
 
         def repeat(x: Tensor | None) -> Tensor | None:
@@ -154,11 +188,18 @@ class _State:
         conditional, unconditional = logits.chunk(2)
         return (1 + strength) * conditional - strength * unconditional
 
-    def draw(self, logits: Tensor, scale: int, attempt: int) -> tuple[Tensor, Tensor]:
-        """Tokens and confidences from the numbers of (seed, scale, pass)."""
-        purpose = Purpose.SAMPLE * (scale + 1) + attempt
+    def draw(self, logits: Tensor, scale: int, attempt: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens (B, n), their confidences, and mixed codes (B, n, Z) if asked for, from (seed, scale, pass)."""
+        settings, purpose = self.settings, Purpose.SAMPLE * (scale + 1) + attempt
         numbers = uniform(self.seeds, torch.zeros_like(self.seeds), purpose, logits.shape[1])
-        return sample_truncated(logits, numbers, self.settings.top_k, self.settings.top_p)
+        if settings.more_smooth is None:
+            return *sample_truncated(logits, numbers, settings.top_k, settings.top_p), None
+        num_scales = self.model.schedule.num_scales
+        logits = truncate(logits, settings.top_k, settings.top_p) * settings.more_smooth.gain(scale, num_scales)
+        tokens, confidence = sample_truncated(logits, numbers, 0, 1.0)
+        tau = settings.more_smooth.tau(scale, num_scales)
+        codebook = cast(SoftCodes, self.codes).codebook
+        return tokens, confidence, gumbel_codes(logits, tokens, codebook, tau, self.seeds, purpose)
 
 
 def _sample_scale(
@@ -166,10 +207,12 @@ def _sample_scale(
 ) -> Tensor:
     """One scale: a next-scale pass, then mask passes on what was not confident enough; (B, n) int64."""
     settings = state.settings
-    tokens, confidence = state.draw(state.logits(scale, "next_scale", settings.cfg_scale), scale, 0)
+    tokens, confidence, mixed = state.draw(state.logits(scale, "next_scale", state.strengths[scale]), scale, 0)
     if forced is not None and given is not None:
         tokens = torch.where(forced, given, tokens)
         confidence = confidence.masked_fill(forced, float("inf"))
+        if mixed is not None:
+            mixed = torch.where(forced[..., None], cast(SoftCodes, state.codes).codebook[given].float(), mixed)
     target = 0
     for attempt, count in enumerate(passes[:-1], 1):
         target += count
@@ -177,10 +220,13 @@ def _sample_scale(
         # everything kept before ranks first; forced tokens stay even beyond the count
         kept = (rank < target) | confidence.isinf()
         features = _token_features(state, scale, tokens, kept)
-        logits = state.logits(scale, "masked", settings.mask_cfg, features, ~kept)
-        again, sure = state.draw(logits, scale, attempt)
+        strength = settings.mask_cfg * scale / (state.model.schedule.num_scales - 1)
+        again, sure, new = state.draw(state.logits(scale, "masked", strength, features, ~kept), scale, attempt)
         tokens = torch.where(kept, tokens, again)
         confidence = torch.where(kept, float("inf"), sure)
+        if mixed is not None and new is not None:
+            mixed = torch.where(kept[..., None], mixed, new)
+    state.mixed = mixed
     return tokens
 
 

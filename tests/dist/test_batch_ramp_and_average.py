@@ -11,7 +11,7 @@ from runs import Inputs, Outcome, checkpoint_state, largest_difference, train
 
 from hmar_mega.checkpoint.export import export_run
 from hmar_mega.checkpoint.sources import CheckpointReader
-from hmar_mega.inference import load_model
+from hmar_mega.inference import load_model, open_model
 from hmar_mega.metrics import read_metrics
 
 pytestmark = pytest.mark.dist
@@ -111,3 +111,5 @@ def test_an_export_takes_the_average_where_asked(inputs, average, tmp_path, layo
     for path, expected in ((tmp_path / "plain", weights), (tmp_path / "average", found)):
         exported = dict(load_model(path).model.named_parameters())
         assert largest_difference({n: p.detach() for n, p in exported.items()}, expected) == 0.0
+        opened = dict(open_model(folder, ema=expected is found).model.named_parameters())
+        assert largest_difference({n: p.detach() for n, p in opened.items()}, expected) == 0.0

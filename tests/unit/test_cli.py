@@ -259,7 +259,7 @@ BAD_COMMANDS = {
     "sample: a negative class": ((*SAMPLE, "--classes=-1", "--out", "grid.png"), ("class -1", "0 to 4")),
     "sample: classes that are no numbers": (
         (*SAMPLE, "--classes", "ant", "--out", "grid.png"),
-        ("--classes 'ant'", "such as 0,3,7"),
+        ("class 'ant' is not a number", "--class-names FILE", "such as 0,3,7"),
     ),
     "sample: no image": ((*SAMPLE, "--classes", "0", "--count", "0", "--out", "grid.png"), ("--count 0", "at least 1")),
     "sample: an impossible top-p": (
@@ -283,7 +283,19 @@ BAD_COMMANDS = {
         ("the mask is 8×16 px", "16×16 px", "resize the mask"),
     ),
     "edit: an image of another size": (
-        ("edit", "in/model", "in/small.png", "--mask", "in/mask.png", "--class", "1", "--out", "new.png"),
+        (
+            "edit",
+            "in/model",
+            "in/small.png",
+            "--mask",
+            "in/mask.png",
+            "--class",
+            "1",
+            "--out",
+            "new.png",
+            "--fit",
+            "exact",
+        ),
         ("the image is 8×16 px", "16×16 px", "resize the image"),
     ),
     "edit: an image that is none": (
@@ -293,6 +305,112 @@ BAD_COMMANDS = {
     "edit: a class that does not exist": (
         ("edit", "in/model", "in/image.png", "--mask", "in/mask.png", "--class", "9", "--out", "new.png"),
         ("class 9 is out of range", "0 to 4"),
+    ),
+    "edit: a class that is no number": (
+        ("edit", "in/model", "in/image.png", "--mask", "in/mask.png", "--class", "ant", "--out", "new.png"),
+        ("class 'ant' is not a number", "--class-names FILE"),
+    ),
+    "edit: a box that leaves the image": (
+        ("edit", "in/model", "in/image.png", "--box", "4,4,20,12", "--class", "1", "--out", "new.png"),
+        ("box 4,4,20,12 is not within the 16×16 px", "0 ≤ left < right ≤ 16"),
+    ),
+    "edit: a box that is none": (
+        ("edit", "in/model", "in/image.png", "--box", "4,4", "--class", "1", "--out", "new.png"),
+        ("--box '4,4' is not left,top,right,bottom",),
+    ),
+    "edit: an unknown side": (
+        ("edit", "in/model", "in/image.png", "--outpaint", "up:4", "--class", "1", "--out", "new.png"),
+        ("--outpaint 'up:4' is not SIDE or SIDE:PIXELS", "left, right, top, bottom"),
+    ),
+    "edit: no room left for the image": (
+        ("edit", "in/model", "in/image.png", "--outpaint", "left:8,right:8", "--class", "1", "--out", "new.png"),
+        ("outpainting left 8, right 8 px of 16 px", "leave at least 1 px"),
+    ),
+    "edit: outpainting without moving the picture": (
+        (
+            "edit",
+            "in/model",
+            "in/image.png",
+            "--outpaint",
+            "left",
+            "--class",
+            "1",
+            "--out",
+            "new.png",
+            "--fit",
+            "exact",
+        ),
+        ("--fit exact goes with --mask and --box",),
+    ),
+    "edit: a negative feather": (
+        (*EDIT, "--feather", "-1", "--out", "new.png"),
+        ("feather=-1", "0 for hard edges"),
+    ),
+    "edit: no version": ((*EDIT, "--count", "0", "--out", "new.png"), ("--count 0", "at least 1")),
+    "sample: guidance that is no number": (
+        (*SAMPLE, "--classes", "0", "--cfg", "strong", "--out", "grid.png"),
+        ("--cfg 'strong'", "one number a scale"),
+    ),
+    "sample: guidance for other scales": (
+        (*SAMPLE, "--classes", "0", "--cfg", "0,1", "--out", "grid.png"),
+        ("cfg_scale has 2 numbers for 3 scales",),
+    ),
+    "sample: a mask schedule of words": (
+        (*SAMPLE, "--classes", "0", "--mask-schedule", "1;one", "--out", "grid.png"),
+        ("--mask-schedule '1;one'", "'1;1,3;1,1,2,5;16'"),
+    ),
+    "sample: a mask schedule that does not add up": (
+        (*SAMPLE, "--classes", "0", "--mask-schedule", "1;5", "--out", "grid.png"),
+        ("mask_schedule entry [5] of scale 2", "sum to 4"),
+    ),
+    "sample: a negative class that does not exist": (
+        (*SAMPLE, "--classes", "0", "--negative-class", "7", "--out", "grid.png"),
+        ("class 7 is out of range", "0 to 4"),
+    ),
+    "sample: a moving average that was not exported": (
+        (*SAMPLE, "--classes", "0", "--ema", "--out", "grid.png"),
+        ("in/model was exported without its moving average", "--ema"),
+    ),
+    "sample: class names that are not there": (
+        (*SAMPLE, "--classes", "0", "--class-names", "nowhere.txt", "--out", "grid.png"),
+        ("cannot read class names from nowhere.txt", "a name a line"),
+    ),
+    "sample: a list that is not there": (
+        (*SAMPLE, "--csv", "nowhere.csv", "--out", "grid.png"),
+        ("cannot read nowhere.csv", "class,seed"),
+    ),
+    "sample: a list and classes": (
+        (*SAMPLE, "--csv", "a.csv", "--classes", "0", "--out", "grid.png"),
+        ("--csv says which images",),
+    ),
+    "sample: no image into a folder": ((*SAMPLE, "--num", "0", "--out", "many"), ("--num 0", "at least 1")),
+    "sample: many images into a file": (
+        (*SAMPLE, "--num", "9", "--out", "many.png"),
+        ("--out many.png", "it is a folder", "--format"),
+    ),
+    "sample: many images into a folder that holds others": (
+        (*SAMPLE, "--num", "9", "--out", "in/shards"),
+        ("in/shards exists and holds no generation", "another --out"),
+    ),
+    "sample: many images below a file": (
+        (*SAMPLE, "--num", "9", "--out", "in/a_file/many"),
+        ("cannot write in/a_file/many", "choose a folder you can write to"),
+    ),
+    "sample: an animation of many images": (
+        (*SAMPLE, "--num", "9", "--out", "many", "--gif", "a.gif"),
+        ("--gif and --scales-out show a grid",),
+    ),
+    "sample: a part of a grid": (
+        (*SAMPLE, "--classes", "0", "--part", "1/2", "--out", "grid.png"),
+        ("--part is for images into a folder",),
+    ),
+    "sample: a part beyond the last": (
+        (*SAMPLE, "--num", "9", "--out", "many", "--part", "3/2"),
+        ("--part '3/2' cannot be used", "1/4, 2/4"),
+    ),
+    "sample: chunks of nothing": (
+        (*SAMPLE, "--num", "9", "--out", "many", "--chunk-size", "0"),
+        ("9 images in chunks of 0", "at least 1"),
     ),
     "edit: an output below a file": (
         (*EDIT, "--out", "in/a_file/new.png"),
@@ -386,9 +504,13 @@ USAGE_ERRORS = {
     "a setting where none belongs": (("export", "run", "out", "optim.clip=1"), "unrecognized arguments: optim.clip=1"),
     "a missing option": (("sample", "model", "--out", "grid.png"), "required: --classes"),
     "an unknown number format": (("export", "run", "out", "--dtype", "fp8"), "choose from 'fp32', 'bf16', 'fp16'"),
-    "a class that is no number": (
-        ("edit", "model", "i.png", "--mask", "m.png", "--class", "ant", "--out", "o.png"),
-        "invalid int value: 'ant'",
+    "an edit of nowhere": (
+        ("edit", "model", "i.png", "--class", "1", "--out", "o.png"),
+        "one of the arguments --mask --box --outpaint is required",
+    ),
+    "an edit of two places": (
+        ("edit", "model", "i.png", "--mask", "m.png", "--box", "0,0,1,1", "--class", "1", "--out", "o.png"),
+        "not allowed with argument",
     ),
 }
 

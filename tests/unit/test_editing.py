@@ -156,7 +156,7 @@ def test_the_sample_command_draws_a_row_a_class(folder: Path, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--classes", "0,x"], "comma-separated"),
+        (["--classes", "0,x"], "class 'x' is not a number"),
         (["--classes", "7"], "class 7 is out of range"),
         (["--classes", "0", "--count", "0"], "at least 1 image"),
         (["--classes", "0", "--top-p", "2"], "top_p=2"),
