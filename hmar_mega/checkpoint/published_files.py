@@ -39,6 +39,11 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
+#: What torch raises for a damaged file, besides `UnpicklingError`.
+_UNREADABLE = (
+    RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, SafetensorError,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class WeightFile:
@@ -109,27 +114,26 @@ def _load_pickle(path: Path, zipped: bool) -> Any:
         with path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
-        found = re.search(r"GLOBAL (\S+)", str(err))
-        if found is None:
-            raise UserError(f"{path} is no weight file ({_first_line(err)}); download it again") from None
-        raise UserError(
-            f"{path} is refused: it wants to run Python code ({found[1]}), and weights need none. Get it from where "
-            "you trust, and have its owner save the tensors alone: torch.save(model.state_dict(), …)"
-        ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        SafetensorError,
-    ) as err:
+        raise UserError(_why_refused(path, str(err))) from None
+    except _UNREADABLE as err:
         raise UserError(
             f"{path} is cut short or damaged ({_first_line(err)}): {path.stat().st_size:,} bytes are here; download it "
             "again"
         ) from None
+
+
+def _why_refused(path: Path, message: str) -> str:
+    """What torch's restricted unpickler says of a file, for people."""
+    called = re.search(r"GLOBAL (\S+)", message)
+    with path.open("rb") as file:
+        pickled = file.read(1) == b"\x80"
+    if called is None and not pickled:
+        return f"{path} is no weight file; download it again"
+    wants = f"it wants to run Python code ({called[1]})" if called else "it is a pickle that may run Python code"
+    return (
+        f"{path} is refused: {wants}, and weights need none. Get it from where you trust, and have its owner save the "
+        "tensors alone: torch.save(model.state_dict(), …)"
+    )
 
 
 def _first_line(err: Exception) -> str:
