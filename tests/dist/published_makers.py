@@ -11,7 +11,7 @@ Tensors = dict[str, Tensor]
 
 
 class Maker:
-    """Random tensors by name; on the meta device only shapes."""
+    """Random tensors by name, convolutions such that activations keep their size; on the meta device only shapes."""
 
     def __init__(self, seed: int, device: str = "cpu", std: float = 0.3) -> None:
         self.tensors: Tensors = {}
@@ -19,10 +19,11 @@ class Maker:
         self.generator = torch.Generator().manual_seed(seed)
 
     def put(self, name: str, *shape: int) -> None:
+        std = 1 / math.sqrt(math.prod(shape[1:])) if len(shape) == 4 and shape[0] > 1 else self.std
         self.tensors[name] = (
             torch.empty(shape, device="meta")
             if self.device == "meta"
-            else torch.randn(shape, generator=self.generator) * self.std
+            else torch.randn(shape, generator=self.generator) * std
         )
 
     def both(self, name: str, *shape: int) -> None:
@@ -168,6 +169,7 @@ def make_vqvae(
             make.both(f"decoder.up.{i}.upsample.conv", width, width, 3, 3)
     norm("decoder.norm_out", widths[0])
     make.both("decoder.conv_out", 3, widths[0], 3, 3)
+    make.std = 0.5
     make.put("quantize.embedding.weight", codes, channels)
     make.put("quantize.ema_vocab_hit_SV", scales, codes)
     for i in range(4):
