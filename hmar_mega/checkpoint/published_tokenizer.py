@@ -62,7 +62,7 @@ def open_tokenizer(path: Path, patch_nums: tuple[int, ...] | None = None) -> Mul
 
 def is_tokenizer_folder(path: Path) -> bool:
     """Whether our training or `convert` wrote a tokenizer there."""
-    return (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file()
+    return bool((path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file())
 
 
 def import_tokenizer(
