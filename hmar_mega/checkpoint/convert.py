@@ -120,8 +120,7 @@ def convert(
         if patch_nums is not None:
             model = rescale(model, patch_nums)
         if target == OURS:
-            found = beside or _tokenizer_of(model, tokenizer, own_scales)
-            written = _write_ours(model, found, out)
+            written = _write_ours(model, lambda: beside or _tokenizer_of(model, tokenizer, own_scales), out)
         else:
             target = _kind(target or default_kind(model))
             written = _write_published(model, target, out)
@@ -191,17 +190,19 @@ def _write_tokenizer(model: MultiScaleVQVAE, source: str, out: Path, target: str
     return Converted(source, "tokenizer folder" if target == OURS else "vqvae", len(tensors), parameters, about)
 
 
-def _write_ours(model: Model, tokenizer: MultiScaleVQVAE, out: Path) -> int:
+def _write_ours(model: Model, make_tokenizer: Callable[[], MultiScaleVQVAE], out: Path) -> int:
     if not model.next_branch:
         raise UserError(
             f"{model.where} has a mask branch alone, and sampling needs both: convert the next-scale model it was "
             f"trained from, with this one beside it: hmar-mega convert NEXT_SCALE.pth OUT --masked {model.where.name}"
         )
     size = 4 * model.parameters
-    check_space(out, size + sum(t.nbytes for t in tokenizer.state_dict().values()))
-    settings = our_settings(model, tokenizer.config.downsample, tokenizer.fingerprint)
     with new_folder(out) as temporary:
+        tokenizer = make_tokenizer()
+        check_space(out, size + sum(t.nbytes for t in tokenizer.state_dict().values()))
+        settings = our_settings(model, tokenizer.config.downsample, tokenizer.fingerprint)
         tokenizer.save(temporary / "tokenizer")
+        del tokenizer  # its memory is free for the model's
         with _progress(out, size) as advance:
             pieces = [(name, tuple(t.shape)) for name, t in model.tensors.items()]
             write_shard(temporary / "model.safetensors", pieces, _checked(model, advance))
