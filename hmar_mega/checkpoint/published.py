@@ -232,6 +232,8 @@ def scales_of(levels: Tensor, where: object) -> tuple[int, ...]:
         UserError: when they are no schedule.
     """
     ids = levels.flatten().tolist()
+    if any(not isinstance(k, int) or not 0 <= k < len(ids) for k in ids):
+        raise UserError(f"{where} is damaged: {LEVELS} holds what are no scale numbers")
     counts = [ids.count(k) for k in range(max(ids, default=-1) + 1)]
     sides = tuple(math.isqrt(n) for n in counts)
     legal = len(sides) > 1 and sides[0] == 1 and all(b > a for a, b in pairwise(sides)) and ids == sorted(ids)

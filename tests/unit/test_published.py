@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_config, tiny_hmar, tiny_tokenizer, write_export
+from PIL import Image
 from published_makers import Tensors, make_pair, make_transformer, make_vqvae
 from safetensors.torch import load_file, save_file
 
@@ -314,7 +315,7 @@ def test_var_is_block_causal_and_takes_one_pass_a_scale(save, vae: Path, tmp_pat
     assert settings["sampling"]["mask_schedule"] == [[1], [4], [16]]
 
 
-def test_sample_and_convert_from_the_command_line(save, vae: Path, tmp_path: Path, capsys):
+def test_convert_sample_and_edit_from_the_command_line(save, vae: Path, tmp_path: Path, capsys):
     source = save("hmar-d2.pth", make_transformer("nvlabs-hmar"))
     assert main(["convert", str(source), str(tmp_path / "m"), "--tokenizer", str(vae)]) == 0
     out = capsys.readouterr().out
@@ -322,6 +323,10 @@ def test_sample_and_convert_from_the_command_line(save, vae: Path, tmp_path: Pat
     assert "depth 2, 5 classes, 32 codes, patch_nums 1 2 4" in out
     command = ["sample", str(tmp_path / "m"), "--classes", "0,4", "--count", "2", "--device", "cpu"]
     assert main([*command, "--out", str(tmp_path / "grid.png")]) == 0
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "photo.png")
+    Image.new("L", (16, 16), 255).save(tmp_path / "mask.png")
+    command = ["edit", str(tmp_path / "m"), str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png")]
+    assert main([*command, "--class", "3", "--device", "cpu", "--out", str(tmp_path / "edited.png")]) == 0
     assert main(["convert", str(tmp_path / "m"), str(tmp_path / "back.pth")]) == 0
     assert main(["convert", str(tmp_path / "m"), str(tmp_path / "back.pth")]) == 2
     assert "exists" in capsys.readouterr().err
@@ -367,6 +372,7 @@ BAD: dict[str, tuple[Callable[[Tensors], None], list[str]]] = {
     "shape": (changed("ns_head.weight", lambda t: t[:, :64]), ["ns_head.weight (32, 64) instead of (32, 128)"]),
     "codes": (changed("mask_head.weight", lambda t: t[:16]), ["mask_head.weight (16, 128) instead of (32, 128)"]),
     "depth": (changed("class_emb.weight", lambda t: t[:, :64]), ["2 blocks, but width 64, that of depth 1"]),
+    "no_level_numbers": (changed("lvl_1L", lambda t: t * 10**15), ["lvl_1L holds what are no scale numbers"]),
     "levels": (changed("lvl_1L", lambda t: t.clamp(max=1)), ["lvl_1L", "[1, 20]"]),
     "mask": (changed("attn_bias_for_masking", torch.zeros_like), ["neither the block-diagonal"]),
     "nan": (

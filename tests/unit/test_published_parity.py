@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hmar_mega.checkpoint.convert import convert
 from hmar_mega.inference import ImageModel, load_model
+from hmar_mega.inference.sampler import generate_tokens
 from hmar_mega.sequence import teacher_input, token_features
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 
@@ -280,6 +281,28 @@ def test_a_merged_model_has_the_logits_of_its_two_checkpoints(tmp_path: Path):
         for b, c in enumerate(labels)
     ]
     assert relative_error(model.masked_logits(labels, teacher, features, mask), np.array(expected)) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["hmar", "next_scale", "var", "var_256_shared"])
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+def test_the_likeliest_tokens_are_drawn_scale_by_scale_under_guidance(case: str, cfg: float, tmp_path: Path):
+    """Sampling, with a cache where there is one, against the uncached yardstick: t = cfg·(k − 1)/(K − 1)."""
+    kind, shared, scales, blocks, head = BRANCHES[case]
+    tensors = make_transformer(kind, 4, patch_nums=SCALES[scales], shared=shared, mask_layers=2)
+    for name in tensors:  # else the class alone decides on the token
+        tensors[name] *= 0.1 if "ada_" in name or name == f"{head}.bias" else 5 if name == "pos_1LC" else 1
+    vae = make_vqvae(scales=scales)
+    model = imported(tmp_path, tensors, vae)
+    settings = model.sample_settings(cfg_scale=cfg, top_k=1, mask_schedule=[[1]])
+    label, none = torch.tensor([2]), model.num_classes
+    tokens, _ = generate_tokens(model.model, model.tokenizer.quantizer, label, torch.tensor([5]), settings)
+    given, _ = (x[0].numpy() for x in Tokenizer64(vae, SCALES[scales]).inputs(tokens))
+    yardstick = Transformer64(tensors, 4)
+    strength = cfg * yardstick.level[:, None] / (scales - 1)
+    wanted, without = (yardstick.logits(c, given, blocks, head) for c in (2, none))
+    guided = (1 + strength) * wanted - strength * without
+    assert tokens[0].tolist() == guided.argmax(-1).tolist()
+    assert len(tokens.unique()) > 5
 
 
 @pytest.mark.parametrize("scales", [3, 10])
