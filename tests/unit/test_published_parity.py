@@ -302,7 +302,7 @@ def test_the_likeliest_tokens_are_drawn_scale_by_scale_under_guidance(case: str,
     wanted, without = (yardstick.logits(c, given, blocks, head) for c in (2, none))
     guided = (1 + strength) * wanted - strength * without
     assert tokens[0].tolist() == guided.argmax(-1).tolist()
-    assert len(tokens.unique()) > 5
+    assert len(tokens.unique()) > 3
 
 
 @pytest.mark.parametrize("scales", [3, 10])
