@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hmar_mega import __version__
 from hmar_mega.checkpoint.cli import add_checkpoint_parser
+from hmar_mega.checkpoint.convert_cli import add_convert_parser
 from hmar_mega.data.cli import add_data_parser
 from hmar_mega.errors import UserError
 from hmar_mega.inference.cli import add_inference_parsers
@@ -79,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     add_checkpoint_parser(commands)
     _add_export(commands)
+    add_convert_parser(commands)
     add_inference_parsers(commands)
     return parser
 

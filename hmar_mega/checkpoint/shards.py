@@ -1,4 +1,4 @@
-"""Shard files: safetensors of flat float32 pieces, written and read a few megabytes at a time.
+"""Shard files: safetensors of float32 pieces, written and read a few megabytes at a time.
 
 The safetensors library builds a second copy of everything it writes, and maps whole files to read a few rows. Here a
 file is written from wherever the values lie, hashed on the way, and read back piece by piece into a given tensor.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -22,11 +23,11 @@ CHUNK = 8 << 20
 _FLOAT_BYTES = 4
 
 
-def write_shard(path: Path, pieces: Sequence[tuple[str, int]], values: Iterable[Tensor]) -> str:
-    """Write and fsync one safetensors file of flat float32 tensors.
+def write_shard(path: Path, pieces: Sequence[tuple[str, int | Sequence[int]]], values: Iterable[Tensor]) -> str:
+    """Write and fsync one safetensors file of float32 tensors.
 
     Args:
-        pieces: (key, elements) of each tensor, in the order of the file.
+        pieces: (key, elements or shape) of each tensor, in the order of the file.
         values: float32 CPU tensors that, one after the other, hold the elements of all pieces; they may be cut
             anywhere, so that the caller never needs to hold a whole piece.
 
@@ -38,9 +39,10 @@ def write_shard(path: Path, pieces: Sequence[tuple[str, int]], values: Iterable[
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for key, count in pieces:
-        start, end = end, end + count * _FLOAT_BYTES
-        header[key] = {"dtype": "F32", "shape": [count], "data_offsets": [start, end]}
+    for key, size in pieces:
+        shape = [size] if isinstance(size, int) else list(size)
+        start, end = end, end + math.prod(shape) * _FLOAT_BYTES
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, written = hashlib.sha256(), 0

@@ -1,0 +1,323 @@
+"""A model on its way between layouts: read from any of them under our names, merged, resized, and given settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from hmar_mega.checkpoint import published
+from hmar_mega.checkpoint.export import export_settings
+from hmar_mega.checkpoint.published import Kind, ModelShape
+from hmar_mega.checkpoint.published_files import WeightFile, check_space, map_safetensors
+from hmar_mega.checkpoint.resize import resize_levels, resize_positions
+from hmar_mega.checkpoint.shards import write_shard
+from hmar_mega.checkpoint.sources import CheckpointReader
+from hmar_mega.config import EvalConfig, ModelConfig
+from hmar_mega.config_io import parse_config
+from hmar_mega.errors import UserError
+from hmar_mega.scales import Pattern, ScaleSchedule, mask_schedule_for
+
+log = logging.getLogger(__name__)
+
+#: Guidance, top-k and top-p of the published evaluations of HMAR, by depth (SPEC §6).
+EVALUATION = {
+    16: (1.7, 1000, 0.99),
+    20: (1.9, 950, 0.99),
+    24: (2.1, 900, 0.99),
+    30: (1.6, 650, 0.99),
+}
+
+#: The published code runs its mask passes at this part of the guidance scale.
+REFERENCE_MASK_CFG = 1e-6
+
+#: No learned logarithm of a scale gets there: gradients end at ln 100 ≈ 4.6.
+PLAUSIBLE_LOG_SCALE = 10
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformer under our names.
+
+    Attributes:
+        where: the file or folder it comes from.
+        tensors: mapped from files.
+        shape: its sizes as a published model has them; None when they are other ones.
+        patch_nums: the scales.
+        pattern: how it attends.
+        kind: published kind it was read from, or was imported from earlier; None for a model trained here.
+        buffer: pattern of the attention mask in the published file, which for HMAR need not be how it attends.
+        settings: config.json of a model of ours.
+    """
+
+    where: Path
+    tensors: dict[str, Tensor]
+    shape: ModelShape | None
+    patch_nums: tuple[int, ...]
+    pattern: Pattern
+    kind: Kind | None = None
+    buffer: Pattern | None = None
+    settings: dict[str, Any] | None = None
+
+    @property
+    def next_branch(self) -> bool:
+        """Whether it can predict the next scale."""
+        return "head.linear.weight" in self.tensors
+
+    @property
+    def mask_branch(self) -> bool:
+        """Whether it can predict masked tokens."""
+        return "mask_embed" in self.tensors
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it learned."""
+        return sum(t.numel() for t in self.tensors.values())
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Classes, codebook size, latent channels."""
+        head = self.tensors["head.linear.weight" if self.next_branch else "mask_head.linear.weight"]
+        return (
+            self.tensors["class_embed.weight"].shape[0] - 1,
+            head.shape[0],
+            self.tensors["word_embed.weight"].shape[1],
+        )
+
+    @property
+    def depth(self) -> int:
+        """Layers."""
+        return 1 + max(int(n.split(".")[1]) for n in self.tensors if n.startswith(("blocks.", "mask_blocks.")))
+
+
+def read_published(file: WeightFile, said: Kind | None = None) -> Model:
+    """The model of a published file.
+
+    Args:
+        said: the kind that the person says it is.
+
+    Raises:
+        UserError: when it is none of the kinds, or not a whole one.
+    """
+    where, shapes = file.path, file.shapes
+    found = published.recognise(shapes, where)
+    if found == "vqvae":
+        raise UserError(f"{where} holds a tokenizer, where a transformer is needed; give it as --tokenizer")
+    next_scale = ("nvlabs-next-scale", "var")
+    if said is not None and (said not in next_scale if found == "next-scale" else said != found):
+        fits = " or ".join(next_scale) if found == "next-scale" else found
+        raise UserError(f"{where} is not {said}: its keys are those of {fits}")
+    kind: Kind = said if said is not None else "var" if found == "next-scale" else found  # type: ignore[assignment]
+    shape = published.infer_shape(kind, shapes, file.model.get(published.LEVELS), where)
+    wanted = {name: entry.shape for name, entry in published.layout(kind, shape).items()}
+    published.check_keys(shapes, wanted, where, f"a {found} model of depth {shape.depth}")
+    buffer = published.pattern_of(file.model[published.MASK_BUFFER], shape.schedule, where)
+    if found == "next-scale" and said is None:
+        causal = file.wrapper.endswith("var_wo_ddp") or (not file.wrapper and buffer == "block_causal")
+        kind = "var" if causal else "nvlabs-next-scale"
+    tensors = published.to_ours(kind, shape, file.model)
+    largest = max(float(t.max()) for name, t in tensors.items() if name.endswith(".log_scale"))
+    if largest > PLAUSIBLE_LOG_SCALE:
+        log.warning(
+            "%s: attn.scale_mul_1H11 holds values up to %.3g; published files keep logarithms there, of at most about "
+            "ln 100 = 4.6: are these linear scales?", where, largest,
+        )  # fmt: skip
+    pattern: Pattern = "block_causal" if kind == "var" else "block_diagonal"
+    return Model(where, tensors, shape, shape.patch_nums, pattern, kind, buffer)
+
+
+def read_export(folder: Path) -> Model:
+    """A model folder of ours."""
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as err:
+        raise UserError(f"{folder} is not an exported model ({err})") from None
+    return _ours(folder, map_safetensors(folder / "model.safetensors"), settings)
+
+
+@contextmanager
+def read_checkpoint(folder: Path, beside: Path) -> Iterator[Model]:
+    """A canonical checkpoint, gathered in a temporary file beside the output so that memory never holds it."""
+    reader = CheckpointReader(folder)
+    reader.verify()
+    names = list(reader.shapes)
+    pieces = [(name, reader.shapes[name]) for name in names]
+    where = beside.absolute().parent
+    where.mkdir(parents=True, exist_ok=True)
+    check_space(beside, 4 * sum(torch.Size(shape).numel() for _, shape in pieces))
+    with TemporaryDirectory(dir=where, prefix=f".{beside.name}.") as temporary:
+        path = Path(temporary) / "model.safetensors"
+        write_shard(path, pieces, (reader.read(name).contiguous() for name in names))
+        settings = export_settings(parse_config(reader.state["config"]), reader.state)
+        yield _ours(folder, map_safetensors(path), settings)
+
+
+def _ours(where: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Model:
+    try:
+        config = ModelConfig.model_validate(settings["model"])
+        patch_nums = ScaleSchedule(tuple(settings["patch_nums"])).patch_nums
+        standard = (
+            config.resolved_width == 64 * config.depth
+            and config.resolved_heads == config.depth
+            and config.ffn_ratio == 4
+        )
+        shape = ModelShape(
+            config.depth, config.num_classes, settings["codebook_size"], settings["latent_channels"], patch_nums,
+            config.shared_aln, config.resolved_mask_layers,
+        )  # fmt: skip
+    except (ValidationError, KeyError, TypeError, ValueError) as err:
+        raise UserError(f"{where}: its config.json is damaged ({err}); export the model again") from None
+    origin = settings.get("published", {})
+    return Model(
+        where, tensors, shape if standard else None, patch_nums, config.attention.pattern,
+        origin.get("kind"), origin.get("mask_buffer"), settings,
+    )  # fmt: skip
+
+
+def merge(next_scale: Model, masked: Model) -> Model:
+    """A next-scale model and the masked one that was trained from it, as one with both branches.
+
+    Raises:
+        UserError: when they are not such a pair: what they share was frozen, so it must be the same.
+    """
+    pair = f"{next_scale.where} and {masked.where}"
+    if next_scale.kind != "nvlabs-next-scale" or masked.kind != "nvlabs-masked":
+        raise UserError(
+            f"{pair} are {next_scale.kind} and {masked.kind}: a composite is made of nvlabs-next-scale and, as "
+            "--masked, nvlabs-masked"
+        )
+    if next_scale.shape != masked.shape:
+        raise UserError(f"{pair} are of different sizes: {next_scale.shape} and {masked.shape}")
+    shared = next_scale.tensors.keys() & masked.tensors.keys()
+    changed = sorted(n for n in shared if not torch.equal(next_scale.tensors[n], masked.tensors[n]))
+    if changed:
+        raise UserError(
+            f"{pair} do not belong together: {len(changed)} of the {len(shared)} tensors that stage 2 leaves as they "
+            f"were differ: {published.listed(changed)}"
+        )
+    return replace(next_scale, tensors={**next_scale.tensors, **masked.tensors}, kind="nvlabs-hmar")
+
+
+def rescale(model: Model, patch_nums: tuple[int, ...]) -> Model:
+    """The model for another schedule: positions and levels as `resize` says, all else as it was."""
+    old, new = ScaleSchedule(model.patch_nums), ScaleSchedule(patch_nums)
+    if old == new:
+        return model
+    tensors = dict(model.tensors)
+    tensors["pos_embed"] = resize_positions(tensors["pos_embed"], old, new)
+    tensors["level_embed"] = resize_levels(tensors["level_embed"], old, new)
+    shape = None if model.shape is None else replace(model.shape, patch_nums=patch_nums)
+    return replace(model, tensors=tensors, shape=shape, patch_nums=patch_nums)
+
+
+def as_published(model: Model, kind: Kind) -> dict[str, Tensor]:
+    """The tensors of a published file of that kind.
+
+    Raises:
+        UserError: when the model is of another kind.
+    """
+    if model.shape is None:
+        raise UserError(
+            f"{model.where} cannot be written as {kind}: published models have width 64·depth, `depth` heads and "
+            "ffn_ratio 4, and this one has not"
+        )
+    wanted: Pattern = "block_causal" if kind == "var" else "block_diagonal"
+    if model.pattern != wanted:
+        raise UserError(
+            f"{model.where} attends {model.pattern}, and {kind} models {wanted}: the same weights would mean another "
+            f"model; use --to {default_kind(model)}"
+        )
+    if kind in ("nvlabs-hmar", "nvlabs-masked") and not model.mask_branch:
+        raise UserError(f"{model.where} has no mask branch, which {kind} has; use --to nvlabs-next-scale")
+    if kind != "nvlabs-masked" and not model.next_branch:
+        raise UserError(f"{model.where} has a mask branch alone; give its next-scale model, and this one as --masked")
+    if kind in ("nvlabs-hmar", "nvlabs-masked") and (model.settings or {}).get("mask_input") == "leak_free":
+        log.warning(
+            "%s was trained with mask_input=leak_free; the published code feeds its mask passes the reference input",
+            model.where,
+        )
+    buffer = model.buffer if model.buffer is not None else wanted
+    wanted_names = {e.ours for e in published.layout(kind, model.shape).values() if e.ours is not None}
+    missing = sorted(wanted_names - model.tensors.keys())
+    if missing:
+        raise UserError(f"{model.where} lacks {len(missing)} tensors of a {kind} model: {published.listed(missing)}")
+    return published.to_published(kind, model.shape, model.tensors, buffer)
+
+
+def default_kind(model: Model) -> Kind:
+    """The published kind that holds all of the model."""
+    if model.pattern == "block_causal":
+        return "var"
+    if not model.mask_branch:
+        return "nvlabs-next-scale"
+    return "nvlabs-hmar" if model.next_branch else "nvlabs-masked"
+
+
+def our_settings(model: Model, downsample: int, fingerprint: str) -> dict[str, Any]:
+    """config.json: of an imported model what SPEC §5 and §6 say of published ones, otherwise its own.
+
+    Args:
+        downsample: of the tokenizer.
+        fingerprint: of the tokenizer.
+    """
+    schedule = ScaleSchedule(model.patch_nums)
+    settings = dict(model.settings) if model.settings is not None else _imported_settings(model)
+    if settings["patch_nums"] != list(model.patch_nums):
+        passes = _passes(schedule, model.mask_branch)
+        settings["sampling"] = {**settings["sampling"], "mask_schedule": passes}
+    settings["patch_nums"] = list(model.patch_nums)
+    settings["resolution"] = schedule.grid * downsample
+    settings["tokenizer_fingerprint"] = fingerprint
+    return settings
+
+
+def _imported_settings(model: Model) -> dict[str, Any]:
+    assert model.shape is not None
+    shape = model.shape
+    published_eval = None if model.kind == "var" else EVALUATION.get(shape.depth)
+    usual = EvalConfig()
+    cfg, top_k, top_p = published_eval or (usual.cfg_scale, usual.top_k, usual.top_p)
+    other = shape.mask_layers != published.default_mask_layers(shape.depth)
+    config = ModelConfig.model_validate(
+        {
+            "depth": shape.depth,
+            "num_classes": shape.num_classes,
+            "shared_aln": shape.shared_aln,
+            "mask_layers": shape.mask_layers if other else None,
+            "attention": {"pattern": model.pattern},
+        }
+    )
+    return {
+        "format": 1,
+        "library": "hmar_mega",
+        "model": config.model_dump(mode="json"),
+        "patch_nums": list(model.patch_nums),
+        "codebook_size": shape.codebook_size,
+        "latent_channels": shape.latent_channels,
+        "mask_branch": model.mask_branch,
+        "mask_input": "reference",
+        "sampling": {
+            "cfg_scale": cfg,
+            "top_k": top_k,
+            "top_p": top_p,
+            "mask_cfg": cfg * REFERENCE_MASK_CFG if model.mask_branch else 0.0,
+            "mask_schedule": _passes(shape.schedule, model.mask_branch),
+        },
+        "classes": None,
+        "trained": {},
+        "published": {"kind": model.kind, "mask_buffer": model.buffer, "file": model.where.name},
+    }
+
+
+def _passes(schedule: ScaleSchedule, mask_branch: bool) -> list[list[int]]:
+    """The published mask schedule, or one pass a scale."""
+    return [list(entry) for entry in mask_schedule_for(schedule, None if mask_branch else [])]
