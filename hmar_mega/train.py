@@ -28,7 +28,14 @@ from hmar_mega.checkpoint.resume import (
     verify_together,
 )
 from hmar_mega.checkpoint.saver import CheckpointSaver
-from hmar_mega.checkpoint.sources import BEST, CheckpointReader, find_checkpoint, open_weights
+from hmar_mega.checkpoint.sources import (
+    BEST,
+    CheckpointReader,
+    ExportReader,
+    WeightSource,
+    find_checkpoint,
+    open_weights,
+)
 from hmar_mega.config import Config
 from hmar_mega.config_io import config_to_yaml
 from hmar_mega.data.reader import SampleOrder, ShardReader, StreamLoader, check_fingerprint, eval_batches
@@ -198,6 +205,8 @@ def initialise(model: HMAR | PipelineModel, config: Config, dims: ParallelDims) 
     source = open_weights(path, verify=False)
     if config.checkpoint.verify and isinstance(source, CheckpointReader):
         verify_together(source.folder, dims)
+    if dims.is_main:
+        _warn_of_other_semantics(config, source)
     renames: dict[str, str] = {}
     if model.has_mask_branch and "mask_embed" not in source.shapes:
         renames = {**mask_branch_names(n for n, _ in model.named_parameters()), "mask_embed": ""}
@@ -208,6 +217,29 @@ def initialise(model: HMAR | PipelineModel, config: Config, dims: ParallelDims) 
         branch = "; the mask branch starts from the next-scale branch" if "mask_embed" in renames else ""
         classes = "; the class table starts afresh" if config.run.new_classes else ""
         log.info("weights from %s%s%s", path, branch, classes)
+
+
+def _warn_of_other_semantics(config: Config, source: WeightSource) -> None:
+    """Say where weights fit a configuration by their shapes but were trained to be used in another way."""
+    if isinstance(source, ExportReader):
+        settings = source.settings
+    elif isinstance(source, CheckpointReader):
+        settings = source.state["config"]
+    else:
+        return
+    pattern = settings["model"]["attention"]["pattern"]
+    if pattern != config.model.attention.pattern:
+        log.warning(
+            "the weights of %s were trained with %s attention, this run trains them with %s; set "
+            "model.attention.pattern=%s to go on as they were", config.run.init_from, pattern,
+            config.model.attention.pattern, pattern,
+        )  # fmt: skip
+    mask_input = settings.get("mask_input") or settings.get("stage", {}).get("mask_input")
+    if config.stage.name == "masked" and "mask_embed" in source.shapes and mask_input != config.stage.mask_input:
+        log.warning(
+            "the mask branch of %s was trained with mask_input=%s, this run goes on with %s; set stage.mask_input=%s "
+            "to go on as it was", config.run.init_from, mask_input, config.stage.mask_input, mask_input,
+        )  # fmt: skip
 
 
 def _assemble(

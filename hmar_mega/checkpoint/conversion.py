@@ -25,6 +25,8 @@ from hmar_mega.checkpoint.sources import CheckpointReader
 from hmar_mega.config import EvalConfig, ModelConfig
 from hmar_mega.config_io import parse_config
 from hmar_mega.errors import UserError
+from hmar_mega.files import check_writable
+from hmar_mega.model.hmar import HMAR
 from hmar_mega.scales import Pattern, ScaleSchedule, mask_schedule_for
 
 log = logging.getLogger(__name__)
@@ -124,6 +126,12 @@ def read_published(file: WeightFile, said: Kind | None = None) -> Model:
     if found == "next-scale" and said is None:
         causal = file.wrapper.endswith("var_wo_ddp") or (not file.wrapper and buffer == "block_causal")
         kind = "var" if causal else "nvlabs-next-scale"
+    biased = [n for n, t in file.model.items() if n.endswith(published.ZERO_BIAS) and bool(t.ne(0).any())]
+    if biased:
+        raise UserError(
+            f"{where}: {biased[0]} is not zero (or not a number), as the key bias of every published model is; this is "
+            "another model, or the file is damaged"
+        )
     tensors = published.to_ours(kind, shape, file.model)
     largest = max(float(t.max()) for name, t in tensors.items() if name.endswith(".log_scale"))
     if largest > PLAUSIBLE_LOG_SCALE:
@@ -152,13 +160,29 @@ def read_checkpoint(folder: Path, beside: Path) -> Iterator[Model]:
     names = list(reader.shapes)
     pieces = [(name, reader.shapes[name]) for name in names]
     where = beside.absolute().parent
+    check_writable(where)
     where.mkdir(parents=True, exist_ok=True)
-    check_space(beside, 4 * sum(torch.Size(shape).numel() for _, shape in pieces))
+    # the temporary and what is written from it
+    check_space(beside, 2 * 4 * sum(torch.Size(shape).numel() for _, shape in pieces))
     with TemporaryDirectory(dir=where, prefix=f".{beside.name}.") as temporary:
         path = Path(temporary) / "model.safetensors"
         write_shard(path, pieces, (reader.read(name).contiguous() for name in names))
         settings = export_settings(parse_config(reader.state["config"]), reader.state)
         yield _ours(folder, map_safetensors(path), settings)
+
+
+def _check_folder(
+    where: Path, tensors: dict[str, Tensor], config: ModelConfig, settings: dict[str, Any], patch_nums: tuple[int, ...]
+) -> None:
+    """Raise UserError unless the tensors of a folder are those of the model that its config.json describes."""
+    with torch.device("meta"):
+        model = HMAR(
+            config, ScaleSchedule(patch_nums), settings["codebook_size"], settings["latent_channels"],
+            mask_branch=bool(settings.get("mask_branch")),
+        )  # fmt: skip
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    published.check_keys(found, wanted, where, f"the model of its config.json, depth {config.depth}")
 
 
 def _ours(where: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Model:
@@ -176,6 +200,7 @@ def _ours(where: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> 
         )  # fmt: skip
     except (ValidationError, KeyError, TypeError, ValueError) as err:
         raise UserError(f"{where}: its config.json is damaged ({err}); export the model again") from None
+    _check_folder(where, tensors, config, settings, patch_nums)
     origin = settings.get("published", {})
     return Model(
         where, tensors, shape if standard else None, patch_nums, config.attention.pattern,

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hmar_mega.errors import UserError
-from hmar_mega.files import cannot_write, sync_path
+from hmar_mega.files import cannot_write, check_writable, sync_path
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ _DTYPES = {
 
 #: What torch raises for a damaged file, besides `UnpicklingError`.
 _UNREADABLE = (
-    RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, SafetensorError,
+    RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, SafetensorError, struct.error,
+    AssertionError, ArithmeticError,
 )  # fmt: skip
 
 
@@ -158,7 +159,7 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"it has {size:,} bytes, not those that its header tells of")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable for torch, never written
         return {name: _part(mapped, 8 + length, about) for name, about in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError) as err:
+    except _UNREADABLE as err:
         raise UserError(f"{path} is cut short or damaged ({_first_line(err)}); download or write it again") from None
 
 
@@ -197,6 +198,7 @@ def write_pth(path: Path, tensors: Mapping[str, Tensor], advance: Callable[[int]
         UserError: when `path` exists or cannot be written.
     """
     check_new(path)
+    check_writable(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     own = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in tensors.items()}
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

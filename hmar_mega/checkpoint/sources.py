@@ -188,10 +188,10 @@ class ExportReader:
         try:
             with safe_open(self._path, "pt") as file:
                 self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            settings = json.loads((folder / "config.json").read_text())
+            self.settings: dict[str, Any] = json.loads((folder / "config.json").read_text())
         except (OSError, SafetensorError, json.JSONDecodeError) as err:
             raise UserError(f"{folder} is not an exported model ({err})") from None
-        self.tokenizer_fingerprint = str(settings.get("tokenizer_fingerprint"))
+        self.tokenizer_fingerprint = str(self.settings.get("tokenizer_fingerprint"))
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """The values of `box` of one tensor."""

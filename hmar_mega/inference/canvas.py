@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from hmar_mega.data.images import DECODE_ERRORS, describe_damage, to_rgb
@@ -38,7 +38,7 @@ def read_image(path: Path, mode: str = "RGB") -> Image.Image:
     """An image file as RGB (upright, transparency on white), or converted to another mode; UserError if it is none."""
     try:
         with Image.open(path) as image:
-            return to_rgb(image) if mode == "RGB" else image.convert(mode)
+            return to_rgb(image) if mode == "RGB" else ImageOps.exif_transpose(image).convert(mode)
     except DECODE_ERRORS as err:
         raise UserError(f"cannot read {path} as an image: {describe_damage(err)}") from None
 

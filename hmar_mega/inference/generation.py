@@ -174,7 +174,7 @@ class Generation:
             "seeds": hashlib.sha256(self.request.seeds.tobytes()).hexdigest()[:16],
             "first_seed": int(self.request.seeds[0]),
             "model": model_digest(self.model),
-            "device": self.model.device.type,
+            "device": device_name(self.model.device),
             **dataclasses.asdict(self.settings),
         }
         comparable: dict[str, Any] = json.loads(json.dumps(plan))
@@ -189,6 +189,11 @@ class Generation:
         return self.model.schedule.grid * self.model.tokenizer.config.downsample
 
 
+def device_name(device: torch.device) -> str:
+    """The kind of device, on which rounding depends."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def to_bytes(images: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [0, 1] → (B, H, W, 3) uint8, rounded, in main memory."""
     pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
@@ -201,6 +206,8 @@ def model_digest(model: ImageModel) -> str:
     Every weight changes in a training step, so that a few numbers of each tell two checkpoints apart.
     """
     digest = hashlib.sha256(model.tokenizer.fingerprint.encode())
+    digest.update(model.model.config.model_dump_json().encode())  # the same weights may attend in another way
+    digest.update(str(model.model.schedule.patch_nums).encode())
     for name, parameter in model.model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         few = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64]

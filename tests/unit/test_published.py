@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from hmar_mega.checkpoint import published_files
 from hmar_mega.checkpoint.convert import convert
 from hmar_mega.checkpoint.published import ModelShape, layout, scales_of
+from hmar_mega.checkpoint.published_files import read_weights
 from hmar_mega.cli import main
 from hmar_mega.config_io import load_config
 from hmar_mega.errors import UserError
@@ -493,3 +494,12 @@ def test_a_full_disk_is_told_before_anything_is_written(save, vae: Path, tmp_pat
 
 def test_scales_are_counted_from_level_ids():
     assert scales_of(torch.tensor([[0, *[1] * 4, *[2] * 9]]), "x") == (1, 2, 3)
+
+
+def test_a_cut_file_of_the_old_format_is_refused_wherever_it_is_cut(tmp_path: Path):
+    torch.save({"pos_start": torch.ones(1, 1, 128)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "old.pth").read_bytes()
+    for size in range(1, min(len(content), 700), 7):
+        (tmp_path / "cut.pth").write_bytes(content[:size])
+        with pytest.raises(UserError):
+            read_weights(tmp_path / "cut.pth")
