@@ -31,11 +31,15 @@ def main(site: Path, repository: Path) -> None:
     config = importlib.import_module("hmar_mega.config_io")
     sources = repository / "configs"
     expected = sorted(p.relative_to(sources).with_suffix("").as_posix() for p in sources.rglob("*.yaml"))
-    found = config.packaged_configs()
-    if found != expected or not found:
+    cluster = importlib.import_module("hmar_mega.planning.cluster")
+    configs, clusters = config.packaged_configs(), cluster.packaged_clusters()
+    found = sorted([*configs, *(f"cluster/{name}" for name in clusters)])
+    if found != expected or not configs or not clusters:
         raise SystemExit(f"packaged configs differ from configs/: {sorted(set(found) ^ set(expected))}")
-    for name in found:
+    for name in configs:
         config.load_config(name)
+    for name in clusters:
+        cluster.load_cluster(name)
 
     for room in (n.removeprefix("hmar_mega.") for n in settings["package-dir"] if n != "hmar_mega"):
         spec = importlib.util.find_spec(room)
