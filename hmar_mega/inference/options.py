@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections import defaultdict
@@ -71,10 +72,8 @@ class ClassNames:
             UserError: for a name that is unknown, or means several classes. Numbers are not checked here.
         """
         text = text.strip()
-        try:
+        with contextlib.suppress(ValueError):
             return int(text)
-        except ValueError:
-            pass
         if not self.names:
             raise UserError(
                 f"class {text!r} is not a number, and this model knows no class names; give --class-names FILE, or "
