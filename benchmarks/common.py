@@ -142,7 +142,7 @@ def measure_limits(clock: Clock) -> Limits:
 
 def relative_error(given: Tensor, truth: Tensor) -> float:
     """‖given − truth‖ / ‖truth‖ in float32; infinite where `given` is not finite."""
-    difference = (given.float() - truth).norm() / truth.norm()
+    difference = (given.detach().float() - truth.detach()).norm() / truth.detach().norm()
     return float(difference) if difference.isfinite() else float("inf")
 
 
