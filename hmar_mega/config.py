@@ -27,7 +27,7 @@ class AttentionConfig(Section):
     """How the tokens attend: `block_diagonal` is HMAR, `block_causal` is VAR."""
 
     pattern: Pattern = "block_diagonal"
-    backend: Literal["auto", "reference", "sdpa"] = "auto"
+    backend: Literal["auto", "reference", "sdpa", "triton"] = "auto"
 
 
 class ModelConfig(Section):

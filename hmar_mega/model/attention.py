@@ -7,6 +7,7 @@ so no further softmax scale is applied (SPEC §3; VAR's `attn_l2_norm`).
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from hmar_mega.scales import Pattern, ScaleSchedule
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["auto", "reference", "sdpa"]
+Backend = Literal["auto", "reference", "sdpa", "triton"]
 
 
 def scale_block_attention(
@@ -34,14 +35,18 @@ def scale_block_attention(
         q_scale_H: (H,) linear scale of the normalised queries, exp(min(a, ln 100)).
         schedule: the scales; N must be its number of tokens.
         pattern: which scales a token sees.
-        backend: `reference` (dense mask, any device, the truth in tests), `sdpa` (one fused call a scale) or `auto`.
+        backend: `reference` (dense mask, any device, the truth in tests), `sdpa` (one fused call a scale), `triton` (own
+            kernels, GPU) or `auto`, the fastest that takes the inputs.
 
     Returns:
         (N, B, H·D) in the dtype of `qkv`.
     """
     if qkv_NB3HD.shape[0] != schedule.num_tokens:
         raise ValueError(f"qkv has {qkv_NB3HD.shape[0]} positions, the schedule {schedule.num_tokens}")
-    chosen = _choose(schedule, pattern) if backend == "auto" else backend
+    if backend == "auto":
+        chosen = _choose(qkv_NB3HD.device.type, qkv_NB3HD.dtype, qkv_NB3HD.shape[-1])
+    else:
+        chosen = backend
     return _BACKENDS[chosen](qkv_NB3HD, q_scale_H, schedule, pattern)
 
 
@@ -73,16 +78,38 @@ def _sdpa(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Patter
     return _merge_heads(torch.cat(out, dim=2))
 
 
+def _triton(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
+    from hmar_mega.kernels import scale_block_attention as kernels  # Triton comes with torch's builds for GPUs alone
+
+    return kernels.scale_block_attention(qkv, q_scale, schedule, pattern)
+
+
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, ScaleSchedule, Pattern], Tensor]] = {
     "reference": _reference,
     "sdpa": _sdpa,
+    "triton": _triton,
 }
 
 
 @cache
-def _choose(schedule: ScaleSchedule, pattern: Pattern) -> str:
-    log.info("attention.backend=auto: sdpa, one fused call for each of %d scales (%s)", schedule.num_scales, pattern)
-    return "sdpa"
+def _choose(device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The fastest backend for such inputs; says once which and why."""
+    if device != "cuda":
+        chosen, why = "sdpa", f"one fused call a scale; the own kernels need a CUDA GPU, not {device}"
+    elif importlib.util.find_spec("triton") is None:
+        chosen, why = "sdpa", "one fused call a scale; the own kernels need Triton, which is not installed"
+    else:
+        from hmar_mega.kernels.scale_block_attention import DTYPES, HEAD_DIMS
+
+        if dtype in DTYPES and head_dim in HEAD_DIMS:
+            chosen, why = "triton", "own kernels, normalisation and scale included"
+        else:
+            chosen, why = (
+                "sdpa",
+                f"one fused call a scale; the own kernels do not take {dtype} with head_dim {head_dim}",
+            )
+    log.info("attention.backend=auto: %s (%s)", chosen, why)
+    return chosen
 
 
 def _merge_heads(out_BHND: Tensor) -> Tensor:

@@ -1,0 +1,270 @@
+"""Scale-block attention over packed QKV as one differentiable operator: Triton kernels, launched without autotuning.
+
+`scale_block_attention` takes the raw projection (N, B, 3, H, D) and the heads' scales, and does in one pass forward and
+two backward what others need separate normalisations, transposes and a mask for. Under `TRITON_INTERPRET=1` (set before
+this file is imported) the same kernels run on a CPU, slowly: that is how they are tested without a GPU.
+
+Axes: N sequence, B batch, H heads of this rank, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from hmar_mega.kernels.scale_block_backward import backward_kernel, delta_kernel
+from hmar_mega.kernels.scale_block_forward import forward_kernel, key_norm_kernel
+from hmar_mega.kernels.tiles import key_tables, query_tables
+from hmar_mega.scales import Pattern, ScaleSchedule
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (32, 64, 96, 128)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched.
+
+    Attributes:
+        block: own positions of a program.
+        inner: positions of a step.
+        warps, stages: of 32 threads; steps whose loads are in flight.
+        head_group: heads whose programs run side by side; the largest divisor of H up to this is taken.
+        registers: most a thread may use; None leaves it to the compiler.
+    """
+
+    block: int
+    inner: int
+    warps: int
+    stages: int
+    head_group: int = 16
+    registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launches of one call.
+
+    Attributes:
+        forward: of the forward kernel.
+        inline_norm: compute 1/|k| where a key is used; else by a kernel of its own before.
+        keys, queries: of the backward kernel's two halves; the same object: one launch does both.
+    """
+
+    forward: Launch
+    inline_norm: bool
+    keys: Launch
+    queries: Launch
+
+
+def plan_for(schedule: ScaleSchedule, pattern: Pattern, dtype: torch.dtype, head_dim: int) -> Plan:
+    """The launches for a problem, from measurements on an H100 (benchmarks/NOTES.md)."""
+    if dtype == torch.float32:
+        both = Launch(32, 32, 4, 1) if head_dim > 64 else Launch(64, 32, 4, 1)
+        return Plan(both, False, both, both)
+    wide = head_dim > 64
+    small = Launch(64, 64, 4, 2)
+    if schedule.num_tokens < 1500:
+        return Plan(small, True, small, small)
+    return Plan(
+        Launch(128, 64, 8, 3, 4),
+        False,
+        Launch(64, 64, 4, 2, 4) if wide else Launch(128, 64, 8, 2, 4),
+        Launch(64, 64, 4, 2, 4) if wide else Launch(128, 64, 8, 2, 4),
+    )
+
+
+def scale_block_attention(qkv_NB3HD: Tensor, q_scale_H: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
+    """Attention within each scale, or over it and all earlier ones, of L2-normalised q (times a scale) and k.
+
+    Args:
+        qkv_NB3HD: (N, B, 3, H, D) contiguous float16, bfloat16 or float32, raw.
+        q_scale_H: (H,) linear scale of the normalised queries, at most 100; computed in float32.
+        schedule: of N tokens.
+        pattern: which scales a token sees.
+
+    Returns:
+        (N, B, H·D) in the dtype of `qkv`; accumulated in float32. Gradients of both tensors are exact functions of the
+        inputs from run to run.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that the kernels do not take.
+    """
+    check_inputs(qkv_NB3HD, q_scale_H, schedule)
+    out = _forward(qkv_NB3HD.contiguous(), q_scale_H.float(), list(schedule.patch_nums), pattern == "block_causal")
+    return out[0].flatten(2)
+
+
+def check_inputs(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule) -> None:
+    """Raise ValueError unless the kernels take these."""
+    if qkv.ndim != 5 or qkv.shape[0] != schedule.num_tokens or qkv.shape[2] != 3:
+        raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (N={schedule.num_tokens}, B, 3, H, D)")
+    if qkv.dtype not in DTYPES:
+        raise ValueError(f"attention.backend=triton takes float16, bfloat16 and float32, not {qkv.dtype}")
+    if qkv.shape[-1] not in HEAD_DIMS:
+        raise ValueError(
+            f"attention.backend=triton takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {qkv.shape[-1]}; "
+            "use attention.backend=sdpa"
+        )
+    if q_scale.shape != qkv.shape[3:4]:
+        raise ValueError(f"q_scale is {tuple(q_scale.shape)}; it must hold one scale for each of {qkv.shape[3]} heads")
+    if not qkv.is_cuda and not qkv.is_meta and not interpreted():
+        raise ValueError(
+            f"attention.backend=triton needs tensors on a CUDA GPU, not on {qkv.device.type}; "
+            "use attention.backend=sdpa"
+        )
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on any device."""
+    return not isinstance(forward_kernel, triton.runtime.JITFunction)
+
+
+def precision() -> str:
+    """How kernels multiply: float32 operands in full, not as TF32."""
+    return "interpreted" if interpreted() else "ieee"
+
+
+@torch.library.custom_op("hmar_mega::scale_block_attention", mutates_args=())
+def _forward(qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool) -> tuple[Tensor, Tensor]:
+    """Output (N, B, H, D) and, for the backward pass, log2-sum, 1/|q| and 1/|k| as one (3, B, H, N) float32."""
+    schedule, pattern = _problem(patch_nums, causal)
+    tokens, batch, _, heads, dim = qkv.shape
+    plan = plan_for(schedule, pattern, qkv.dtype, dim)
+    launch = plan.forward
+    out = qkv.new_empty(tokens, batch, heads, dim)
+    rows = _new_rows(qkv, 3)
+    lse, q_norm, k_norm = rows
+    tables = key_tables(schedule, pattern, launch.block, launch.inner, qkv.device)
+    shape = _shape_arguments(qkv)
+    with _device(qkv):
+        if not plan.inline_norm:
+            key_norm_kernel[(triton.cdiv(tokens, 64) * batch * heads,)](
+                qkv, k_norm, tokens, rows.shape[-1], batch, heads, BLOCK_M=64, **shape
+            )
+        for kind, programs in _forward_launches(qkv.dtype, len(tables.tiles), batch * heads):
+            forward_kernel[(programs,)](
+                qkv, _blocks(qkv, launch.inner), _line_blocks(k_norm, launch.inner), q_scale, out, lse, q_norm, k_norm,
+                tables.tiles, tables.seen, len(tables.tiles), tokens, rows.shape[-1], batch, heads,
+                BLOCK_M=launch.block, BLOCK_J=launch.inner, HEAD_GROUP=_divisor(heads, launch.head_group), HEADS=kind,
+                INLINE_NORM=plan.inline_norm, PRECISION=precision(), num_warps=launch.warps, num_stages=launch.stages,
+                maxnreg=launch.registers, **shape,
+            )  # fmt: skip
+    return out, rows
+
+
+@_forward.register_fake
+def _(qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool) -> tuple[Tensor, Tensor]:
+    tokens, batch, _, heads, dim = qkv.shape
+    return qkv.new_empty(tokens, batch, heads, dim), _new_rows(qkv, 3)
+
+
+@torch.library.custom_op("hmar_mega::scale_block_attention_backward", mutates_args=())
+def _backward(
+    d_out: Tensor, qkv: Tensor, q_scale: Tensor, out: Tensor, rows: Tensor, patch_nums: list[int], causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv (N, B, 3, H, D) and of q_scale (H,) float32 from that of the output (N, B, H, D)."""
+    schedule, pattern = _problem(patch_nums, causal)
+    tokens, batch, _, heads, dim = qkv.shape
+    plan = plan_for(schedule, pattern, qkv.dtype, dim)
+    d_out = d_out.contiguous()
+    d_row, d_sample = d_out.stride()[:2]
+    lse, q_norm, k_norm = rows
+    d_qkv, delta = torch.empty_like(qkv), _new_rows(qkv, 1)[0]
+    own = key_tables(schedule, pattern, plan.queries.block, plan.queries.inner, qkv.device)
+    d_scale = lse.new_empty(len(own.tiles), batch, heads)
+    shape = _shape_arguments(qkv)
+    with _device(qkv):
+        delta_kernel[(triton.cdiv(tokens, 64) * batch * heads,)](
+            out, d_out, delta, tokens, lse.shape[-1], batch, heads, d_row, d_sample, BLOCK_M=64, **shape
+        )
+        for launch, roles in _backward_launches(plan):
+            q_tables = query_tables(schedule, pattern, launch.block, launch.inner, qkv.device)
+            k_tables = key_tables(schedule, pattern, launch.block, launch.inner, qkv.device)
+            count = len(k_tables.tiles)
+            backward_kernel[(count * batch * heads,)](
+                qkv, d_out, _blocks(qkv, launch.inner), _blocks(d_out, launch.inner),
+                *(_line_blocks(t, launch.inner) for t in (lse, delta, q_norm, k_norm)), q_scale, lse, delta, q_norm,
+                k_norm, d_qkv, d_scale, q_tables.tiles, q_tables.seen, k_tables.tiles, k_tables.seen, count,
+                lse.shape[-1], batch, heads, d_row, d_sample, BLOCK_M=launch.block, BLOCK_J=launch.inner,
+                HEAD_GROUP=_divisor(heads, launch.head_group), PRECISION=precision(), num_warps=launch.warps,
+                num_stages=launch.stages, maxnreg=launch.registers, **roles, **shape,
+            )  # fmt: skip
+    return d_qkv, d_scale.sum((0, 1))
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor, qkv: Tensor, q_scale: Tensor, out: Tensor, rows: Tensor, patch_nums: list[int], causal: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(qkv), torch.empty_like(q_scale)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv, q_scale, ctx.patch_nums, ctx.causal = inputs
+    ctx.save_for_backward(qkv, q_scale, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    qkv, q_scale, out, rows = ctx.saved_tensors
+    d_qkv, d_scale = _backward(d_out, qkv, q_scale, out, rows, ctx.patch_nums, ctx.causal)
+    return d_qkv, d_scale, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _problem(patch_nums: list[int], causal: bool) -> tuple[ScaleSchedule, Pattern]:
+    return ScaleSchedule(tuple(patch_nums)), "block_causal" if causal else "block_diagonal"
+
+
+def _new_rows(qkv: Tensor, count: int) -> Tensor:
+    """(count, B, H, N rounded up to 16 bytes) float32: values of every query or key, as descriptors can read them."""
+    tokens, batch, _, heads, _ = qkv.shape
+    rows = qkv.new_empty(count, batch, heads, -(-tokens // 4) * 4, dtype=torch.float32)
+    if rows.shape[-1] > tokens:  # what is read there counts nothing, but must be finite
+        rows[..., tokens:] = 0.0
+    return rows
+
+
+def _blocks(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """Of a contiguous (N, …, D) as (N, …·D), read in blocks of `rows` × D padded to a power of two."""
+    flat = tensor.flatten(1)
+    return TensorDescriptor.from_tensor(flat, [rows, triton.next_power_of_2(tensor.shape[-1])])
+
+
+def _line_blocks(lines: Tensor, length: int) -> TensorDescriptor:
+    """Of (B, H, row length) as (B·H, row length), read `length` at a time."""
+    return TensorDescriptor.from_tensor(lines.flatten(0, 1), [1, length])
+
+
+def _shape_arguments(qkv: Tensor) -> dict[str, int]:
+    dim = qkv.shape[-1]
+    return {"D": dim, "BLOCK_D": triton.next_power_of_2(dim)}
+
+
+def _forward_launches(dtype: torch.dtype, tiles: int, sequences: int) -> list[tuple[str, int]]:
+    """Kinds of heads, and programs, of each launch. float16's exponents are too few for weights without a maximum."""
+    if dtype == torch.float16:
+        return [("all", tiles * sequences)]
+    return [("flat", tiles * sequences), ("steep", sequences)]
+
+
+def _backward_launches(plan: Plan) -> list[tuple[Launch, dict[str, bool]]]:
+    if plan.keys == plan.queries:
+        return [(plan.keys, {"KEYS": True, "QUERIES": True})]
+    return [(plan.keys, {"KEYS": True, "QUERIES": False}), (plan.queries, {"KEYS": False, "QUERIES": True})]
+
+
+def _divisor(heads: int, at_most: int) -> int:
+    return max(d for d in range(1, at_most + 1) if heads % d == 0)
+
+
+def _device(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.device("cpu")

@@ -1,0 +1,86 @@
+"""What every attention kernel is held to: the float64 reference on fresh random inputs, head by head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hmar_mega.model.attention import scale_block_attention
+from hmar_mega.scales import Pattern, ScaleSchedule
+
+#: One head for each: where training starts, where a fixed maximum ends, and the largest there is.
+Q_SCALES = (1.0, 4.0, 20.0, 41.5, 100.0)
+
+#: Largest relative error of output, and of the gradients of q, k and v, by dtype. Rounding of the logits grows with the
+#: scale: the second pair is for scales above 20.
+TOLERANCE = {
+    torch.float32: ((1e-6, 5e-6), (4e-6, 4e-5)),
+    torch.float16: ((1e-3, 2e-3), (1e-3, 4e-3)),
+    torch.bfloat16: ((8e-3, 1.2e-2), (8e-3, 2.5e-2)),
+}
+
+#: Largest error of the scale's gradient, relative to the root of the summed squares of its rows' terms.
+SCALE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors hold NaN: an element that a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """‖found − truth‖ / ‖truth‖; NaN where anything is NaN."""
+    return float((found.detach().double() - truth.detach()).norm() / truth.detach().norm())
+
+
+def attention_errors(
+    schedule: ScaleSchedule, pattern: Pattern, dtype: torch.dtype, head_dim: int, batch: int, device: str, backend: str
+) -> list[dict[str, float]]:
+    """For each of `Q_SCALES`: errors of output, dq, dk, dv, and of the scale's gradient.
+
+    Inputs are drawn anew; lengths of q and k vary by orders of magnitude, and the incoming gradient is not contiguous.
+    """
+    heads, tokens = len(Q_SCALES), schedule.num_tokens
+    qkv = torch.randn(tokens, batch, 3, heads, head_dim, device=device)
+    qkv[:, :, :2] *= 10 ** torch.empty(tokens, batch, 2, heads, 1, device=device).uniform_(-1, 1)
+    qkv = qkv.to(dtype).requires_grad_()
+    q_scale = torch.tensor(Q_SCALES, device=device, requires_grad=True)
+    incoming = torch.randn(batch, tokens, heads * head_dim, device=device).to(dtype).transpose(0, 1)
+    with poisoned_memory():
+        out = scale_block_attention(qkv, q_scale, schedule, pattern, backend)  # type: ignore[arg-type]
+        d_qkv, d_scale = torch.autograd.grad(out, (qkv, q_scale), incoming)
+    assert out.dtype == d_qkv.dtype == dtype and d_scale.dtype == torch.float32
+
+    exact, exact_scale = qkv.detach().double().requires_grad_(), q_scale.detach().double().requires_grad_()
+    dense = "reference" if tokens < 4000 else "sdpa"  # one dense mask, or one dense matrix a scale
+    truth = scale_block_attention(exact, exact_scale, schedule, pattern, dense)
+    d_exact, d_exact_scale = torch.autograd.grad(truth, (exact, exact_scale), incoming.double())
+    found = []
+    by_head = (tokens, batch, heads, head_dim)
+    for h, s in enumerate(Q_SCALES):
+        errors = {"out": relative(out.view(by_head)[:, :, h], truth.view(by_head)[:, :, h])}
+        for i, name in enumerate(("dq", "dk", "dv")):
+            errors[name] = relative(d_qkv[:, :, i, h], d_exact[:, :, i, h])
+        # The sum over all rows of q̂·a: its terms are about as large as |a| ≈ |dq|·|q|/s, and cancel.
+        size = float((d_exact[:, :, 0, h].norm(dim=-1) * exact[:, :, 0, h].norm(dim=-1)).detach().norm() / s)
+        errors["scale"] = abs(float(d_scale[h].double() - d_exact_scale[h])) / size
+        found.append(errors)
+    return found
+
+
+def assert_close(found: list[dict[str, float]], dtype: torch.dtype) -> None:
+    """Fail, naming head and gradient, unless every error is within the dtype's tolerance; NaN never is."""
+    for s, errors in zip(Q_SCALES, found, strict=True):
+        out, gradient = TOLERANCE[dtype][s > 20]
+        limits = {"out": out, "dq": gradient, "dk": gradient, "dv": gradient, "scale": SCALE_TOLERANCE[dtype]}
+        for name, error in errors.items():
+            assert error <= limits[name], f"scale {s}: {name} is off by {error:.2e}, allowed {limits[name]:.0e}"
