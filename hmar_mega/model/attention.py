@@ -21,7 +21,7 @@ from hmar_mega.scales import Pattern, ScaleSchedule
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["auto", "reference", "sdpa"]
+Backend = Literal["auto", "reference", "sdpa", "te", "te_fp8"]
 
 
 def scale_block_attention(
@@ -34,7 +34,8 @@ def scale_block_attention(
         q_scale_H: (H,) linear scale of the normalised queries, exp(min(a, ln 100)).
         schedule: the scales; N must be its number of tokens.
         pattern: which scales a token sees.
-        backend: `reference` (dense mask, any device, the truth in tests), `sdpa` (one fused call a scale) or `auto`.
+        backend: `reference` (dense mask, any device, the truth in tests), `sdpa` (one fused call a scale), `te`
+            (Transformer Engine, one variable-length call), `te_fp8` (its larger scales in FP8) or `auto`.
 
     Returns:
         (N, B, H·D) in the dtype of `qkv`.
@@ -73,9 +74,23 @@ def _sdpa(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Patter
     return _merge_heads(torch.cat(out, dim=2))
 
 
+def _te(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
+    from hmar_mega.model.attention_te import te_attention  # needs CUDA to be imported
+
+    return te_attention(qkv, q_scale, schedule, pattern)
+
+
+def _te_fp8(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
+    from hmar_mega.model.attention_te import te_fp8_attention
+
+    return te_fp8_attention(qkv, q_scale, schedule, pattern)
+
+
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, ScaleSchedule, Pattern], Tensor]] = {
     "reference": _reference,
     "sdpa": _sdpa,
+    "te": _te,
+    "te_fp8": _te_fp8,
 }
 
 
