@@ -271,8 +271,8 @@ def _kernel(dtype: Any, layout: str, training: bool, heads: int, head_dim: int, 
     if kernel == FusedAttnBackend["No_Backend"]:
         raise UserError(
             f"cuDNN {torch.backends.cudnn.version()} has no {dtype} attention ({layout}, {mask}) at head_dim "
-            f"{head_dim} and {length} tokens on {torch.cuda.get_device_name()}; `hmar-mega doctor` shows what runs here: use "
-            "attention.backend=sdpa, or precision.fp8=linears"
+            f"{head_dim} and {length} tokens on {torch.cuda.get_device_name()}; use attention.backend=sdpa, or "
+            "precision.fp8=linears (`hmar-mega doctor` shows what runs here)"
         )
     return kernel
 

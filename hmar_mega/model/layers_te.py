@@ -42,9 +42,9 @@ class _Measured:
             return
         forward = self.fp8_meta["scaling_fwd"].amax_history[0]
         backward = self.fp8_meta["scaling_bwd"].amax_history[0]
-        _raise_to(forward[tex.FP8FwdTensors.GEMM1_INPUT], x)
-        _raise_to(forward[tex.FP8FwdTensors.GEMM1_WEIGHT], self.weight)
-        out.register_hook(lambda gradient: _raise_to(backward[tex.FP8BwdTensors.GRAD_OUTPUT1], gradient))
+        _raise_to(forward[int(tex.FP8FwdTensors.GEMM1_INPUT)], x)
+        _raise_to(forward[int(tex.FP8FwdTensors.GEMM1_WEIGHT)], self.weight)
+        out.register_hook(lambda gradient: _raise_to(backward[int(tex.FP8BwdTensors.GRAD_OUTPUT1)], gradient))
 
 
 class _Column(_Measured, TEColumnParallelLinear):
