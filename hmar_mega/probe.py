@@ -204,7 +204,7 @@ def _relative(ours: Tensor, exact: Tensor) -> float:
     return float((ours.float() - exact.float()).norm() / exact.float().norm())
 
 
-def _attention_samples(kind: Kind, head_dim: int | None) -> Iterator[tuple[_Results, _Results]]:
+def _attention_samples(kind: Kind, head_dim: int) -> Iterator[tuple[_Results, _Results]]:
     from hmar_mega.model.attention import Backend, scale_block_attention
 
     backend: Backend = "te" if kind == "bf16 attention" else "te_fp8"
@@ -214,7 +214,7 @@ def _attention_samples(kind: Kind, head_dim: int | None) -> Iterator[tuple[_Resu
             generator = torch.Generator().manual_seed(step)
             shape = (SCHEDULE.num_tokens, batch, 3, heads, head_dim)
             qkv = torch.randn(shape, generator=generator).cuda().bfloat16()
-            weight = torch.randn(SCHEDULE.num_tokens, batch, heads * int(head_dim or 0), generator=generator).cuda()
+            weight = torch.randn(SCHEDULE.num_tokens, batch, heads * head_dim, generator=generator).cuda()
             q_scale = torch.full((heads,), logits, device="cuda")
 
             def attend(

@@ -105,7 +105,7 @@ def own_tensors(engine: Engine, file: str) -> tuple[dict[str, Tensor], list[dict
 
 
 def _fp8_scales(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Scales of this stage's FP8 linears: equal on its tensor- and data-parallel ranks, of which the first saves them."""
+    """Scales of this stage's FP8 linears, equal on its tensor- and data-parallel ranks: the first one saves them."""
     if engine.fp8 is not None and engine.dims.tp_rank == engine.dims.dp_rank == 0:
         yield from engine.fp8.state(_names(engine))
 

@@ -151,7 +151,7 @@ class _Packed(torch.autograd.Function):
         out, aux = fused_attn_fwd(
             training, longest, longest, cu_seqlens, cu_seqlens, q, k, v, q.dtype, kernel,
             cu_seqlens_q_padded=cu_seqlens, cu_seqlens_kv_padded=cu_seqlens, attn_scale=1.0,
-            qkv_layout="thd_thd_thd", attn_mask_type="padding",
+            qkv_layout="thd_thd_thd", attn_mask_type="padding", cuda_graph=torch.cuda.is_current_stream_capturing(),
         )  # fmt: skip
         if training:
             ctx.save_for_backward(q, k, v, out, cu_seqlens, *aux)
@@ -165,7 +165,7 @@ class _Packed(torch.autograd.Function):
         dq, dk, dv, *_ = fused_attn_bwd(
             ctx.longest, ctx.longest, cu_seqlens, cu_seqlens, q, k, v, out, gradient.contiguous(), q.dtype, dtype, aux,
             ctx.kernel, cu_seqlens_q_padded=cu_seqlens, cu_seqlens_kv_padded=cu_seqlens, attn_scale=1.0,
-            qkv_layout="thd_thd_thd", attn_mask_type="padding",
+            qkv_layout="thd_thd_thd", attn_mask_type="padding", cuda_graph=torch.cuda.is_current_stream_capturing(),
         )  # fmt: skip
         return dq, dk, dv, None, None
 
@@ -230,7 +230,7 @@ def _fp8_forward(ctx: Any, q8: Tensor, k8: Tensor, v8: Tensor, length: int) -> t
     out, aux = fused_attn_fwd(
         True, length, length, cu_seqlens, cu_seqlens, *inputs, ctx.dtype, kernel,
         s_quantizer=_constant(S_SCALE, E4M3, q8.device), o_quantizer=_quantizer(ctx.scale_o, E4M3), attn_scale=1.0,
-        qkv_layout="sbhd_sbhd_sbhd", attn_mask_type="no_mask",
+        qkv_layout="sbhd_sbhd_sbhd", attn_mask_type="no_mask", cuda_graph=torch.cuda.is_current_stream_capturing(),
     )  # fmt: skip
     return out, aux
 
@@ -247,7 +247,7 @@ def _fp8_backward(
     result = fused_attn_bwd(
         length, length, cu_seqlens, cu_seqlens, q, k, v, _tensor(out8, ctx.scale_o.reciprocal(), E4M3), gradient,
         ctx.dtype, E5M2, aux, kernel, s_quantizer=softmax, dp_quantizer=scores, dqkv_quantizer=outputs, attn_scale=1.0,
-        qkv_layout="sbhd_sbhd_sbhd", attn_mask_type="no_mask",
+        qkv_layout="sbhd_sbhd_sbhd", attn_mask_type="no_mask", cuda_graph=torch.cuda.is_current_stream_capturing(),
     )  # fmt: skip
     return list(result[:3])
 
