@@ -82,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     add_convert_parser(commands)
     add_inference_parsers(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -102,6 +103,22 @@ def _run_demo(args: argparse.Namespace) -> int:
     from hmar_mega.demo import run_demo
 
     return run_demo(args.out, args.processes, args.overwrite)
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    parser = add_command(
+        commands, "doctor", "what this machine has, what is missing, and what its GPU computes rightly", "",
+        "  hmar-mega doctor\n  hmar-mega doctor --json",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    from hmar_mega.doctor import examine
+
+    print(examine(args.json))
+    return 0
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]

@@ -5,29 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hmar_mega.batches import BatchPlan
+from hmar_mega.config_base import Section, one_of
+from hmar_mega.config_precision import PrecisionConfig
 from hmar_mega.scales import PATCH_NUMS, Pattern, ScaleSchedule, mask_schedule_for
 
 #: A decay rate of Adam's moving averages.
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Section(BaseModel):
-    """A frozen section of the configuration in which unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
 class AttentionConfig(Section):
     """How the tokens attend: `block_diagonal` is HMAR, `block_causal` is VAR."""
 
     pattern: Pattern = "block_diagonal"
-    backend: Literal["auto", "reference", "sdpa", "triton"] = "auto"
+    backend: Literal["auto", "reference", "sdpa", "triton", "te"] = "auto"
 
 
 class ModelConfig(Section):
@@ -221,7 +216,7 @@ class DataConfig(Section):
             raise ValueError(
                 f"batch_ramp from {ramp.start} by {ramp.increment} does not reach global_batch_size="
                 f"{self.global_batch_size}; use a start below it"
-                + (f" and an increment of {_or(fits[-8:])}" if fits else "")
+                + (f" and an increment of {one_of(fits[-8:])}" if fits else "")
             )
         return self
 
@@ -300,21 +295,6 @@ class ParallelConfig(Section):
                 "sequence_parallel=true splits the sequence over tensor-parallel ranks, of which there is one; "
                 "set tensor_parallel ≥ 2, or sequence_parallel=false"
             )
-        return self
-
-
-class PrecisionConfig(Section):
-    """Number formats of training."""
-
-    fp8: Literal["none", "linears", "linears_and_attention"] = "none"
-    compute: Literal["fp32", "bf16", "fp16"] = Field(
-        "bf16", description="fp16, for GPUs without bf16, scales the loss dynamically"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> PrecisionConfig:
-        if self.fp8 != "none":
-            raise ValueError(f"fp8={self.fp8} is not supported by this version; use fp8=none")
         return self
 
 
@@ -397,7 +377,7 @@ class Config(Section):
         if heads % tp:
             raise ValueError(
                 f"tensor_parallel={tp} does not divide the {heads} heads of depth {self.model.depth}; "
-                f"use {_or(d for d in range(1, heads + 1) if heads % d == 0)}"
+                f"use {one_of(d for d in range(1, heads + 1) if heads % d == 0)}"
             )
         if self.model.ffn_width % tp:
             raise ValueError(f"tensor_parallel={tp} does not divide the feed-forward width {self.model.ffn_width}")
@@ -408,9 +388,14 @@ class Config(Section):
                 f"{depth} layers there are; use at most pipeline_parallel={max(1, depth // vpp)}"
                 + (f" or virtual_pipeline_parallel={depth // pp}" if vpp > 1 and depth >= pp else "")
             )
+        attention = self.model.attention
+        if attention.backend == "te" and attention.pattern != "block_diagonal":
+            raise ValueError(
+                "model.attention.backend=te attends block-diagonally alone: Transformer Engine has no kernel for the "
+                f"mask of {attention.pattern}; use another backend, such as sdpa"
+            )
+        self.precision.check_model(
+            width=self.model.resolved_width, hidden=self.model.ffn_width, head_dim=self.model.head_dim,
+            tensor_parallel=tp, pattern=attention.pattern, backend=attention.backend,
+        )  # fmt: skip
         return self
-
-
-def _or(values: Iterable[int]) -> str:
-    items = [str(v) for v in values]
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " or " + items[-1]

@@ -59,6 +59,8 @@ class Engine:
                 "use precision.compute=bf16 or fp32"
             )
         self.model, self.dims, self.schedule = model, dims, schedule
+        layers: Any = model.layers
+        self.fp8 = layers.fp8  #: scales of FP8 linears, None without any
         micro = micro_batch_size(config, dims.data_parallel)
         self.batches = config.data.batch_plan
         self.step = 0
@@ -106,6 +108,8 @@ class Engine:
             every micro-batch, on a pipeline those of its last stage alone.
         """
         self._apply_schedule()
+        if self.fp8 is not None:
+            self.fp8.begin_step()
         if self._pipeline is not None:
             scored = self._pipeline.forward_backward(micro_batches, objective)
             self.deepspeed.step()
@@ -119,6 +123,8 @@ class Engine:
                 self.deepspeed.step()  # updates at the last micro-batch; skips by itself what is not finite
                 scored.append(scores)
         norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        if self.fp8 is not None:
+            self.fp8.end_step(applied=math.isfinite(norm))
         self.step += 1
         if math.isfinite(norm):
             self.skipped_in_a_row = 0

@@ -53,10 +53,11 @@ from hmar_mega.parallel.agreement import Agreement
 from hmar_mega.parallel.dims import ParallelDims, parallel_world
 from hmar_mega.parallel.liveness import watch_peers
 from hmar_mega.parallel.pipeline import PipelineModel
+from hmar_mega.probe import format_checks, require_kernels
 from hmar_mega.run_lock import run_lock
 from hmar_mega.schedules import Schedule
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
-from hmar_mega.versions import git_revision, installed_versions
+from hmar_mega.versions import check_versions, git_revision, installed_versions
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,9 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
         last_step = plan.steps_for(schedule.total_steps * plan.full)
         last_step = min(last_step, config.optim.max_steps or last_step)
         tokenizer = tokenizer.to(dims.device)
+        checks = require_kernels(config)
+        if checks and dims.is_main:
+            log.info("kernels on fixed samples, against float32:\n%s", format_checks(checks))
         if reader is not None and config.checkpoint.verify:
             verify_together(reader.folder, dims)
         engine, start, best = _build_engine(config, folder, dims, schedule, reader)
@@ -157,6 +161,8 @@ def build_model(config: Config, layers: Any, stage: Stage | None = None) -> HMAR
         mask_branch=config.stage.name == "masked", layers=layers, seed=config.run.seed, stage=stage,
     )  # fmt: skip
     model.set_recompute(config.parallel.recompute)
+    if config.precision.fp8 == "linears_and_attention":
+        model.training_backend = "te_fp8"
     if config.stage.name == "masked":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("mask_"))
@@ -165,7 +171,7 @@ def build_model(config: Config, layers: Any, stage: Stage | None = None) -> HMAR
 
 def build_parallel_model(config: Config, dims: ParallelDims) -> HMAR | PipelineModel:
     """This rank's part of the model of `config`."""
-    layers = McoreLayers(config.parallel.sequence_parallel)
+    layers = _parallel_layers(config)
     if dims.pipeline_parallel == 1:
         return build_model(config, layers)
     virtual = config.parallel.virtual_pipeline_parallel
@@ -173,6 +179,15 @@ def build_parallel_model(config: Config, dims: ParallelDims) -> HMAR | PipelineM
     model = PipelineModel([build_model(config, layers, s) for s in stages[dims.pp_rank :: dims.pipeline_parallel]])
     model.add_ballast()
     return model
+
+
+def _parallel_layers(config: Config) -> McoreLayers:
+    if config.precision.fp8 == "none":
+        return McoreLayers(config.parallel.sequence_parallel)
+    check_versions("transformer-engine")
+    from hmar_mega.model.layers_te import TELayers  # needs CUDA to be imported
+
+    return TELayers(config.precision, config.parallel.sequence_parallel)
 
 
 def _build_engine(

@@ -14,6 +14,7 @@ SUPPORTED = {
     "megatron-core": "==0.16.1",
     "deepspeed": "==0.19.8",
     "webdataset": "==1.0.2",
+    "transformer-engine": ">=2.11,<2.12",
 }
 
 
@@ -37,7 +38,7 @@ def check_versions(*packages: str) -> None:
 def installed_versions() -> dict[str, str]:
     """Versions of what a run depends on, `absent` where a package is missing."""
     versions = {}
-    for package in ("hmar-mega", *SUPPORTED, "transformer-engine", "safetensors", "numpy"):
+    for package in ("hmar-mega", *SUPPORTED, "safetensors", "numpy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

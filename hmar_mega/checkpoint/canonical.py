@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hmar_mega.checkpoint.layout import Placement, fragments, placement
-from hmar_mega.checkpoint.sources import EMA, CheckpointReader, WeightSource, check_shapes
+from hmar_mega.checkpoint.sources import EMA, FP8, CheckpointReader, WeightSource, check_shapes
 from hmar_mega.engine import Engine
 from hmar_mega.model.stage import BALLAST
 from hmar_mega.parallel.dims import ParallelDims
@@ -59,6 +59,8 @@ def load_optimizer(engine: Engine, reader: CheckpointReader) -> None:
                 kind = "weight"
             for box, first, last, at in fragments(place, owned.start, owned.stop):
                 target[at : at + last - first].copy_(reader.read_range(name, box, first, last, kind))
+    if engine.fp8 is not None:
+        engine.fp8.restore(_names(engine), reader)
 
 
 def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -92,7 +94,24 @@ def own_tensors(engine: Engine, file: str) -> tuple[dict[str, Tensor], list[dict
                     {"name": name, "kind": kind, "file": file, "key": key, "global_shape": place.global_shape,
                      "offset": box.offset, "shape": box.shape, "start": first, "stop": last}
                 )  # fmt: skip
+    for name, values in _fp8_scales(engine):
+        key, shape = f"{FP8}/{name}", tuple(values.shape)
+        tensors[key] = values.detach().flatten()
+        entries.append(
+            {"name": name, "kind": FP8, "file": file, "key": key, "global_shape": shape, "offset": (0,) * len(shape),
+             "shape": shape, "start": 0, "stop": values.numel()}
+        )  # fmt: skip
     return tensors, entries
+
+
+def _fp8_scales(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Scales of this stage's FP8 linears, equal on its tensor- and data-parallel ranks: the first one saves them."""
+    if engine.fp8 is not None and engine.dims.tp_rank == engine.dims.dp_rank == 0:
+        yield from engine.fp8.state(_names(engine))
+
+
+def _names(engine: Engine) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in saved_parameters(engine.model)}
 
 
 def _read_local(source: WeightSource, name: str, place: Placement, parameter: Tensor) -> Tensor:

@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 #: Kind under which a checkpoint holds the moving average of a weight.
 EMA = "ema"
 
+#: Kind of the scales and histories of FP8 linears, which are tensors of their own: `blocks.0.attn.qkv.fp8_scale_fwd`.
+FP8 = "fp8"
+
 
 class WeightSource(Protocol):
     """Weights by global name.

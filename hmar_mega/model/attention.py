@@ -22,7 +22,7 @@ from hmar_mega.scales import Pattern, ScaleSchedule
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["auto", "reference", "sdpa", "triton"]
+Backend = Literal["auto", "reference", "sdpa", "triton", "te", "te_fp8"]
 
 
 def scale_block_attention(
@@ -36,7 +36,8 @@ def scale_block_attention(
         schedule: the scales; N must be its number of tokens.
         pattern: which scales a token sees.
         backend: `reference` (dense mask, any device, the truth in tests), `sdpa` (one fused call a scale), `triton` (own
-            kernels, GPU) or `auto`, the fastest that takes the inputs.
+            kernels, GPU), `te` (Transformer Engine, one variable-length call), `te_fp8` (its larger scales in FP8) or
+            `auto`, the fastest that takes the inputs.
 
     Returns:
         (N, B, H·D) in the dtype of `qkv`.
@@ -84,10 +85,24 @@ def _triton(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Patt
     return kernels.scale_block_attention(qkv, q_scale, schedule, pattern)
 
 
+def _te(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
+    from hmar_mega.model.attention_te import te_attention  # needs CUDA to be imported
+
+    return te_attention(qkv, q_scale, schedule, pattern)
+
+
+def _te_fp8(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
+    from hmar_mega.model.attention_te import te_fp8_attention
+
+    return te_fp8_attention(qkv, q_scale, schedule, pattern)
+
+
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, ScaleSchedule, Pattern], Tensor]] = {
     "reference": _reference,
     "sdpa": _sdpa,
     "triton": _triton,
+    "te": _te,
+    "te_fp8": _te_fp8,
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.config import ModelConfig
-from hmar_mega.model.attention import Attend, SequenceAttention
+from hmar_mega.model.attention import Attend, Backend, SequenceAttention
 from hmar_mega.model.initialize import Initializer
 from hmar_mega.model.layer import Attention, Block, modulated_norm
 from hmar_mega.model.layers_torch import Layers, TorchLayers
@@ -137,6 +137,7 @@ class HMAR(nn.Module):
         self.layers = layers if layers is not None else TorchLayers()
         self.stage = stage if stage is not None else Stage(range(config.depth))
         self.has_mask_branch = mask_branch
+        self.training_backend: Backend = config.attention.backend  #: of attention while training
         self.input_tensor: Tensor | None = None  #: packed activations of the stage before; a pipeline sets it
         init = Initializer(seed, math.sqrt(1 / (3 * config.resolved_width)))
         if self.stage.first:
@@ -219,7 +220,8 @@ class HMAR(nn.Module):
             stage that is not the last, packed activations (see `pack`).
         """
         attention, length = self.config.attention, self.schedule.num_tokens
-        attend = SequenceAttention(self.schedule, attention.pattern, attention.backend)
+        backend = self.training_backend if self.training else attention.backend
+        attend = SequenceAttention(self.schedule, attention.pattern, backend)
         if self.stage.first:
             assert labels_B is not None
             cond = self.condition(labels_B)
@@ -289,14 +291,15 @@ class HMAR(nn.Module):
     ) -> Hidden:
         """The layers of this stage as `branch` runs them; `length` counts the real tokens of the whole sequence."""
         x, cond, shared = hidden
-        for number in self.stage.layers:
-            block = self.block(number, branch)
-            factors = None if drop_path is None else drop_path[number]
-            given = (x, cond, shared, attend, length, factors)
-            if self.recompute == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, *given, use_reentrant=False)
-            else:
-                x = block(*given)
+        with self.layers.low_precision(self.training):
+            for number in self.stage.layers:
+                block = self.block(number, branch)
+                factors = None if drop_path is None else drop_path[number]
+                given = (x, cond, shared, attend, length, factors)
+                if self.recompute == "full" and torch.is_grad_enabled():
+                    x = self.layers.recompute(block, *given)
+                else:
+                    x = block(*given)
         return Hidden(x, cond, shared)
 
     def leave(self, hidden: Hidden, branch: Branch, length: int, targets_NB: Tensor | None = None) -> Tensor:

@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.log_scale = layers.vector(config.resolved_heads, math.log(4))
         self.q_bias = layers.vector(width, 0.0)
         self.v_bias = layers.vector(width, 0.0)
-        self.qkv = layers.column(width, 3 * width, init.normal(f"{name}.qkv.weight"), bias=False, stride=3)
+        self.qkv = layers.column(width, 3 * width, init.normal(f"{name}.qkv.weight"), bias=False, stride=3, fp8=True)
         self.proj = layers.row(width, width, init.normal(f"{name}.proj.weight", 1 / math.sqrt(2 * depth)))
 
     def forward(self, x_NBC: Tensor, attend: Attend, length: int) -> Tensor:
@@ -63,7 +63,7 @@ class FeedForward(nn.Module):
     def __init__(self, name: str, config: ModelConfig, layers: Layers, init: Initializer) -> None:
         super().__init__()
         width, hidden = config.resolved_width, config.ffn_width
-        self.fc1 = layers.column(width, hidden, init.normal(f"{name}.fc1.weight"), bias=True)
+        self.fc1 = layers.column(width, hidden, init.normal(f"{name}.fc1.weight"), bias=True, fp8=True)
         self.fc2 = layers.row(hidden, width, init.normal(f"{name}.fc2.weight", 1 / math.sqrt(2 * config.depth)))
 
     def forward(self, x_NBC: Tensor) -> Tensor:

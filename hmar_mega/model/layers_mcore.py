@@ -8,6 +8,8 @@ which DeepSpeed counts gradient norms and checkpoints know which part of the glo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.model.initialize import Fill
 
@@ -36,7 +39,7 @@ class _Row(tensor_parallel.RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         output, bias = super().forward(x)
-        return output + (_SumGradients.apply(bias) if self.sequence_parallel else bias)
+        return output + (sum_gradients(bias) if self.sequence_parallel else bias)
 
 
 class _SumGradients(torch.autograd.Function):
@@ -56,6 +59,12 @@ class _SumGradients(torch.autograd.Function):
         return summed
 
 
+def sum_gradients(x: Tensor) -> Tensor:
+    """x, whose gradient is summed over tensor-parallel ranks."""
+    summed: Tensor = _SumGradients.apply(x)
+    return summed
+
+
 class McoreLayers:
     """`Layers` over the current tensor-parallel group of mcore's `parallel_state`.
 
@@ -63,6 +72,8 @@ class McoreLayers:
         sequence_parallel: keep norms, residuals and dropped paths split along the sequence over the group. AdaLN
             linears, which have no sequence, stay outside it.
     """
+
+    fp8: Any = None
 
     def __init__(self, sequence_parallel: bool = False) -> None:
         self.tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
@@ -77,8 +88,9 @@ class McoreLayers:
         self.config = dataclasses.replace(self._without_sequence, sequence_parallel=self.sequence_parallel)
 
     def column(
-        self, in_features: int, out_features: int, fill: Fill, *, bias: bool, gather: bool = False, stride: int = 1
-    ) -> nn.Module:
+        self, in_features: int, out_features: int, fill: Fill, *, bias: bool, gather: bool = False, stride: int = 1,
+        fp8: bool = False,
+    ) -> nn.Module:  # fmt: skip
         """`ColumnParallelLinear`; with `stride` 3 each rank holds its heads' rows of q, of k and of v."""
         return _Column(
             in_features,
@@ -133,6 +145,10 @@ class McoreLayers:
             return x
         return tensor_parallel.scatter_to_sequence_parallel_region(self.pad_sequence(x))
 
+    def padded_length(self, length: int, batch: int) -> int:
+        """The next multiple of the group's size under sequence parallelism."""
+        return -(-length // self.sequence_parts) * self.sequence_parts
+
     def pad_sequence(self, x: Tensor) -> Tensor:
         """Zeros behind the sequence up to a multiple of the group's size."""
         missing = -x.shape[0] % self.tensor_parallel if self.sequence_parallel else 0
@@ -140,4 +156,12 @@ class McoreLayers:
 
     def for_sequence_part(self, x: Tensor) -> Tensor:
         """x, with gradients summed over the ranks' parts of the sequence."""
-        return _SumGradients.apply(x) if self.sequence_parallel else x
+        return sum_gradients(x) if self.sequence_parallel else x
+
+    def low_precision(self, training: bool) -> AbstractContextManager[None]:
+        """There is none; `TELayers` has it."""
+        return nullcontext()
+
+    def recompute(self, function: Callable[..., Any], *given: Any) -> Any:
+        """torch's non-reentrant checkpointing; mcore's own needs CUDA."""
+        return checkpoint(function, *given, use_reentrant=False)

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.model.initialize import Fill
 
@@ -19,11 +22,16 @@ class Layers(Protocol):
 
     tensor_parallel: int
     sequence_parts: int  #: that the sequence is cut into: `tensor_parallel` under sequence parallelism, else 1
+    fp8: Any  #: `fp8_scaling.Fp8Scaling` of layers that compute in FP8, else None
 
     def column(
-        self, in_features: int, out_features: int, fill: Fill, *, bias: bool, gather: bool = False, stride: int = 1
-    ) -> nn.Module:
-        """Linear whose output is split over ranks, or gathered again; `stride` stacked matrices are split alike."""
+        self, in_features: int, out_features: int, fill: Fill, *, bias: bool, gather: bool = False, stride: int = 1,
+        fp8: bool = False,
+    ) -> nn.Module:  # fmt: skip
+        """Linear whose output is split over ranks, or gathered again; `stride` stacked matrices are split alike.
+
+        With `fp8` it may be computed in FP8, by layers that can; so may every `row`.
+        """
 
     def row(self, in_features: int, out_features: int, fill: Fill) -> nn.Module:
         """Linear with bias whose split input features are summed over ranks."""
@@ -46,11 +54,20 @@ class Layers(Protocol):
     def scatter_sequence(self, x: Tensor) -> Tensor:
         """This rank's part of (N, …) along the sequence, padded so that it divides; x itself without SP."""
 
+    def padded_length(self, length: int, batch: int) -> int:
+        """Rows of all ranks' parts together of a sequence of `length` for `batch` samples."""
+
     def pad_sequence(self, x: Tensor) -> Tensor:
         """(N, …) padded with zeros as `scatter_sequence` pads; x itself without SP."""
 
     def for_sequence_part(self, x: Tensor) -> Tensor:
         """x, which every rank holds, for use on its own part of the sequence: gradients are summed over the parts."""
+
+    def low_precision(self, training: bool) -> AbstractContextManager[None]:
+        """Around the blocks: where layers that compute in FP8 do so."""
+
+    def recompute(self, function: Callable[..., Any], *given: Any) -> Any:
+        """`function(*given)`, computed again in the backward pass instead of kept."""
 
 
 class TorchLayers:
@@ -58,11 +75,13 @@ class TorchLayers:
 
     tensor_parallel = 1
     sequence_parts = 1
+    fp8 = None
 
     def column(
-        self, in_features: int, out_features: int, fill: Fill, *, bias: bool, gather: bool = False, stride: int = 1
-    ) -> nn.Module:
-        """A plain linear; `gather` and `stride` only mean something across ranks."""
+        self, in_features: int, out_features: int, fill: Fill, *, bias: bool, gather: bool = False, stride: int = 1,
+        fp8: bool = False,
+    ) -> nn.Module:  # fmt: skip
+        """A plain linear; `gather` and `stride` only mean something across ranks, `fp8` where there is FP8."""
         return _linear(in_features, out_features, fill, bias)
 
     def row(self, in_features: int, out_features: int, fill: Fill) -> nn.Module:
@@ -95,6 +114,10 @@ class TorchLayers:
         """The whole sequence is here."""
         return x
 
+    def padded_length(self, length: int, batch: int) -> int:
+        """Nothing divides the sequence."""
+        return length
+
     def pad_sequence(self, x: Tensor) -> Tensor:
         """Nothing divides the sequence."""
         return x
@@ -102,6 +125,14 @@ class TorchLayers:
     def for_sequence_part(self, x: Tensor) -> Tensor:
         """Gradients are whole."""
         return x
+
+    def low_precision(self, training: bool) -> AbstractContextManager[None]:
+        """There is none."""
+        return nullcontext()
+
+    def recompute(self, function: Callable[..., Any], *given: Any) -> Any:
+        """torch's non-reentrant checkpointing."""
+        return checkpoint(function, *given, use_reentrant=False)
 
 
 def _linear(in_features: int, out_features: int, fill: Fill, bias: bool) -> nn.Linear:

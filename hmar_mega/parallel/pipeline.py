@@ -148,7 +148,7 @@ class PipelineModel(nn.Module):
     @torch.no_grad()
     def _through(self, forward: Callable[[HMAR, Tensor | None], Tensor], length: int, batch: int) -> Tensor | None:
         """Run `forward` on every run of layers in order; the last one's result where it lies, None elsewhere."""
-        local = -(-length // self.layers.sequence_parts)
+        local = self.layers.padded_length(length, batch) // self.layers.sequence_parts
         out = None
         for number in range(self.num_runs):
             if number % self.pp_size != self.pp_rank:
@@ -191,10 +191,10 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     )
 
 
-def packed_length(model: HMAR) -> int:
+def packed_length(model: HMAR, batch: int) -> int:
     """Rows of what travels between stages, as mcore counts them: it divides by the sequence parts itself."""
     parts = model.layers.sequence_parts
-    return (-(-model.schedule.num_tokens // parts) + model.extra_rows) * parts
+    return model.layers.padded_length(model.schedule.num_tokens, batch) + model.extra_rows * parts
 
 
 class _ScheduledChunk(nn.Module):
@@ -243,13 +243,14 @@ class PipelineSchedule:
 
             return out, loss_of
 
+        micro_batch = len(batches[0].labels)
         with cpu_tensors():
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[iter(batches) for _ in self._chunks],
                 model=list(self._chunks),
                 num_microbatches=len(batches),
-                seq_length=packed_length(self._model.chunks[0]),  # type: ignore[arg-type]
-                micro_batch_size=len(batches[0].labels),
+                seq_length=packed_length(self._model.chunks[0], micro_batch),  # type: ignore[arg-type]
+                micro_batch_size=micro_batch,
             )
         return scored

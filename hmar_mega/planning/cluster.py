@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from hmar_mega.config import Section
+from hmar_mega.config_base import Section
 from hmar_mega.errors import UserError
 
 GIB = 2**30

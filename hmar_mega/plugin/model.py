@@ -45,7 +45,7 @@ class StageModel(MegatronModule):
         self.pre_process, self.post_process = model.stage.first, model.stage.last
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
-        self.sequence_length = packed_length(model)
+        self.sequence_length = packed_length(model, 1)  # mcore's layers pad alike for any batch
         for parameter in self.parameters():
             # what is split by sequence parallelism sums its gradients in autograd; mcore must not do so once more
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
@@ -143,6 +143,11 @@ def run_config(config: Config | str | Path) -> Config:
     if config.data.batch_ramp is not None:
         raise UserError(
             "data.batch_ramp is not for loops of your own, which decide how many micro-batches a step has; leave it out"
+        )
+    if config.precision.fp8 != "none":
+        raise UserError(
+            f"precision.fp8={config.precision.fp8} needs to know where a step begins and ends, which loops of your own "
+            "decide; use precision.fp8=none, or train with hmar-mega train"
         )
     if config.tokenizer.path is None:
         return config

@@ -199,6 +199,9 @@ def test_an_unpublished_resolution_asks_for_patch_nums() -> None:
     assert load_config(None, fits).schedule.scales.num_tokens == 21
 
 
+FP8_ATTENTION = ["precision.fp8=linears_and_attention", "model.heads=8"]  # head_dim 128
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -214,11 +217,29 @@ def test_an_unpublished_resolution_asks_for_patch_nums() -> None:
         (["parallel.zero_stage=0"], "use zero_stage=1, 2 or 3"),
         (["parallel.sequence_parallel=true"], "set tensor_parallel ≥ 2"),
         (["parallel.context_parallel=2"], "For 1024 px use context_parallel=1 with tensor_parallel ≥ 2"),
-        (["precision.fp8=linears"], "fp8=linears is not supported by this version; use fp8=none"),
+        (["precision.fp8=linears", "precision.compute=fp32"], "set precision.compute=bf16, or precision.fp8=none"),
+        (["precision.fp8=linears", "model.width=56", "model.heads=7"], "multiple of 16 on each of the 1 tensor"),
+        (["precision.fp8=linears_and_attention"], "set precision.fp8_pad_head_dim=true (zero-padded"),
+        (["precision.fp8=linears_and_attention", "model.heads=4"], "this model has 256; set model.heads to width/128"),
+        ([*FP8_ATTENTION, "model.attention.pattern=block_causal"], "not block_causal; set precision.fp8=linears"),
+        ([*FP8_ATTENTION, "model.attention.backend=sdpa"], "set model.attention.backend=te, or precision.fp8=linears"),
+        (["model.attention.backend=te", "model.attention.pattern=block_causal"], "use another backend, such as sdpa"),
     ],
 )
 def test_combinations_that_cannot_work_are_refused(overrides: list[str], words: str) -> None:
     assert words in message(overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        FP8_ATTENTION,
+        ["precision.fp8=linears_and_attention", "precision.fp8_pad_head_dim=true", "model.attention.backend=te"],
+        ["precision.fp8=linears", "parallel.tensor_parallel=4", "model.attention.pattern=block_causal"],
+    ],
+)
+def test_what_fp8_can_compute_is_accepted(overrides: list[str]) -> None:
+    assert load_config(None, overrides).precision.fp8_recipe == "delayed"
 
 
 @pytest.mark.parametrize("text", ["optim.base_lr", "=3", "", "  =3"])

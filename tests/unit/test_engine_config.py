@@ -190,7 +190,7 @@ def engine_with(norm: float | None, schedule: Schedule) -> Engine:
     engine.deepspeed, engine.schedule, engine.step = StandIn(norm), schedule, 0
     engine.skipped = engine.skipped_in_a_row = 0
     engine.batches, engine._images_at_once = BatchPlan.constant(12), 4
-    engine._pipeline, engine._ema, engine.ema_decay = None, [], None
+    engine._pipeline, engine._ema, engine.ema_decay, engine.fp8 = None, [], None, None
     return engine
 
 
