@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hmar_mega.kernels.scale_block_backward import backward_kernel, delta_kernel
 from hmar_mega.kernels.scale_block_forward import forward_kernel, key_norm_kernel
-from hmar_mega.kernels.tiles import key_tables, query_tables
+from hmar_mega.kernels.tiles import key_tables, query_tables, shifts
 from hmar_mega.scales import Pattern, ScaleSchedule
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -65,7 +65,7 @@ class Plan:
 def plan_for(schedule: ScaleSchedule, pattern: Pattern, dtype: torch.dtype, head_dim: int) -> Plan:
     """The launches for a problem, from measurements on an H100 (benchmarks/NOTES.md)."""
     if dtype == torch.float32:
-        both = Launch(32, 32, 4, 1) if head_dim > 64 else Launch(64, 32, 4, 1)
+        both = Launch(64, 32, 8, 1) if head_dim > 64 else Launch(64, 32, 4, 1)
         return Plan(both, False, both, both)
     wide = head_dim > 64
     small = Launch(64, 64, 4, 2)
@@ -138,14 +138,14 @@ def _forward(qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool) 
     plan = plan_for(schedule, pattern, qkv.dtype, dim)
     launch = plan.forward
     out = qkv.new_empty(tokens, batch, heads, dim)
-    rows = _new_rows(qkv, 3)
-    lse, q_norm, k_norm = rows
     tables = key_tables(schedule, pattern, launch.block, launch.inner, qkv.device)
+    rows = _new_rows(qkv, 3, tables.row_length)
+    lse, q_norm, k_norm = rows
     shape = _shape_arguments(qkv)
     with _device(qkv):
         if not plan.inline_norm:
             key_norm_kernel[(triton.cdiv(tokens, 64) * batch * heads,)](
-                qkv, k_norm, tokens, rows.shape[-1], batch, heads, BLOCK_M=64, **shape
+                qkv, k_norm, tables.places, tokens, rows.shape[-1], batch, heads, BLOCK_M=64, **shape
             )
         for kind, programs in _forward_launches(qkv.dtype, len(tables.tiles), batch * heads):
             forward_kernel[(programs,)](
@@ -161,7 +161,8 @@ def _forward(qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool) 
 @_forward.register_fake
 def _(qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool) -> tuple[Tensor, Tensor]:
     tokens, batch, _, heads, dim = qkv.shape
-    return qkv.new_empty(tokens, batch, heads, dim), _new_rows(qkv, 3)
+    _, length = shifts(*_problem(patch_nums, causal))
+    return qkv.new_empty(tokens, batch, heads, dim), _new_rows(qkv, 3, length)
 
 
 @torch.library.custom_op("hmar_mega::scale_block_attention_backward", mutates_args=())
@@ -175,13 +176,13 @@ def _backward(
     d_out = d_out.contiguous()
     d_row, d_sample = d_out.stride()[:2]
     lse, q_norm, k_norm = rows
-    d_qkv, delta = torch.empty_like(qkv), _new_rows(qkv, 1)[0]
+    d_qkv, delta = torch.empty_like(qkv), torch.zeros_like(lse)
     own = key_tables(schedule, pattern, plan.queries.block, plan.queries.inner, qkv.device)
     d_scale = lse.new_empty(len(own.tiles), batch, heads)
     shape = _shape_arguments(qkv)
     with _device(qkv):
         delta_kernel[(triton.cdiv(tokens, 64) * batch * heads,)](
-            out, d_out, delta, tokens, lse.shape[-1], batch, heads, d_row, d_sample, BLOCK_M=64, **shape
+            out, d_out, delta, own.places, tokens, lse.shape[-1], batch, heads, d_row, d_sample, BLOCK_M=64, **shape
         )
         for launch, roles in _backward_launches(plan):
             q_tables = query_tables(schedule, pattern, launch.block, launch.inner, qkv.device)
@@ -224,13 +225,9 @@ def _problem(patch_nums: list[int], causal: bool) -> tuple[ScaleSchedule, Patter
     return ScaleSchedule(tuple(patch_nums)), "block_causal" if causal else "block_diagonal"
 
 
-def _new_rows(qkv: Tensor, count: int) -> Tensor:
-    """(count, B, H, N rounded up to 16 bytes) float32: values of every query or key, as descriptors can read them."""
-    tokens, batch, _, heads, _ = qkv.shape
-    rows = qkv.new_empty(count, batch, heads, -(-tokens // 4) * 4, dtype=torch.float32)
-    if rows.shape[-1] > tokens:  # what is read there counts nothing, but must be finite
-        rows[..., tokens:] = 0.0
-    return rows
+def _new_rows(qkv: Tensor, count: int, length: int) -> Tensor:
+    """(count, B, H, row length) float32 zeros: gaps between scales count nothing, but must be finite."""
+    return qkv.new_zeros(count, qkv.shape[1], qkv.shape[3], length, dtype=torch.float32)
 
 
 def _blocks(tensor: Tensor, rows: int) -> TensorDescriptor:

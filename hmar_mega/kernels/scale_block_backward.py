@@ -19,7 +19,7 @@ from hmar_mega.kernels.scale_block_forward import LOG2_E, NORM_EPS, SIZES, load_
 
 @triton.jit(do_not_specialize=SIZES)
 def delta_kernel(
-    out, d_out, delta, tokens, row_length, batch, heads, d_row, d_sample, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    out, d_out, delta, places, tokens, row_length, batch, heads, d_row, d_sample, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """rowsum(dO·O) of BLOCK_M positions of one sample and head; d_row, d_sample: strides of d_out (N, B, H·D)."""
@@ -31,12 +31,13 @@ def delta_kernel(
     o = load_rows(out + sample.to(tl.int64) * width + head * D, rows, tokens, batch * width, D, BLOCK_D)
     do = load_rows(d_out + sample.to(tl.int64) * d_sample + head * D, rows, tokens, d_row, D, BLOCK_D)
     total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta + (sample.to(tl.int64) * heads + head) * row_length + rows, total, mask=rows < tokens)
+    place = tl.load(places + rows, mask=rows < tokens, other=0)
+    tl.store(delta + (sample.to(tl.int64) * heads + head) * row_length + place, total, mask=rows < tokens)
 
 
 @triton.jit
 def sum_over_queries(
-    a_k, dv, k, v, k_factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, norm_rows, line, begin, end,
+    a_k, dv, k, v, k_factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, norm_rows, line, shift, begin, end,
     seen_low, seen_high, MASKED: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to own keys' gradients what queries [begin, end) send back; matrices are transposed, (M keys, J queries)."""
@@ -45,9 +46,9 @@ def sum_over_queries(
         queries = start + tl.arange(0, BLOCK_J)
         q = qkv_rows.load([start, q_column])
         do = do_rows.load([start, do_column])
-        q_inverse = norm_rows.load([line, start]).reshape([BLOCK_J])
-        log_total = lse_rows.load([line, start]).reshape([BLOCK_J])
-        correction = delta_rows.load([line, start]).reshape([BLOCK_J])
+        q_inverse = norm_rows.load([line, start + shift]).reshape([BLOCK_J])
+        log_total = lse_rows.load([line, start + shift]).reshape([BLOCK_J])
+        correction = delta_rows.load([line, start + shift]).reshape([BLOCK_J])
         log_total = tl.where(queries < end, log_total, float("inf"))  # weight 0 beyond the end
         logits = product(k, tl.trans(q), zeros, PRECISION) * (k_factor[:, None] * q_inverse[None, :])
         p = tl.exp2(logits - log_total[None, :])
@@ -62,7 +63,7 @@ def sum_over_queries(
 
 @triton.jit
 def sum_over_keys(
-    a_q, q, do, row_factor, log_total, correction, qkv_rows, k_column, v_column, norm_rows, line, begin, end, seen_low,
+    a_q, q, do, row_factor, log_total, correction, qkv_rows, k_column, v_column, norm_rows, line, shift, begin, end, seen_low,
     seen_high, MASKED: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to own queries' gradients what keys [begin, end) send back. Keys beyond the end have 1/|k| = 0."""
@@ -71,7 +72,7 @@ def sum_over_keys(
         keys = start + tl.arange(0, BLOCK_J)
         k = qkv_rows.load([start, k_column])
         v = qkv_rows.load([start, v_column])
-        k_inverse = norm_rows.load([line, start]).reshape([BLOCK_J])
+        k_inverse = norm_rows.load([line, start + shift]).reshape([BLOCK_J])
         k_inverse = tl.where(keys < end, k_inverse, 0.0)
         logits = product(q, tl.trans(k), zeros, PRECISION) * (row_factor[:, None] * k_inverse[None, :])
         p = tl.exp2(logits - log_total[:, None])
@@ -119,27 +120,28 @@ def backward_kernel(
     columns = tl.arange(0, BLOCK_D)
 
     if KEYS:
-        start = tl.load(query_tiles + tile * 5)
-        stop = tl.load(query_tiles + tile * 5 + 1)
-        low = tl.load(query_tiles + tile * 5 + 2)
-        edge = tl.load(query_tiles + tile * 5 + 3)
-        high = tl.load(query_tiles + tile * 5 + 4)
+        start = tl.load(query_tiles + tile * 6)
+        stop = tl.load(query_tiles + tile * 6 + 1)
+        low = tl.load(query_tiles + tile * 6 + 2)
+        edge = tl.load(query_tiles + tile * 6 + 3)
+        high = tl.load(query_tiles + tile * 6 + 4)
+        shift = tl.load(query_tiles + tile * 6 + 5)
         rows = start + tl.arange(0, BLOCK_M)
         own = rows < stop
         k = load_rows(k_base, rows, stop, stride, D, BLOCK_D)
         v = load_rows(v_base, rows, stop, stride, D, BLOCK_D)
-        k_inverse = tl.load(k_norm + at + rows, mask=own, other=0.0)
+        k_inverse = tl.load(k_norm + at + shift + rows, mask=own, other=0.0)
         seen_low = tl.load(query_seen + rows * 2, mask=own, other=0)
         seen_high = tl.load(query_seen + rows * 2 + 1, mask=own, other=0)
         a_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         factor = k_inverse * (scale * LOG2_E)
         a_k, dv = sum_over_queries(
-            a_k, dv, k, v, factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, q_norm_rows, line, low,
+            a_k, dv, k, v, factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, q_norm_rows, line, shift, low,
             edge, seen_low, seen_high, True, BLOCK_J, PRECISION,
         )  # fmt: skip
         a_k, dv = sum_over_queries(
-            a_k, dv, k, v, factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, q_norm_rows, line, edge,
+            a_k, dv, k, v, factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, q_norm_rows, line, shift, edge,
             high, seen_low, seen_high, False, BLOCK_J, PRECISION,
         )  # fmt: skip
         dk, _ = through_norm(k, k_inverse, a_k, scale)
@@ -149,29 +151,30 @@ def backward_kernel(
         tl.store(target + heads * D, dv.to(d_qkv.dtype.element_ty), mask=keep)
 
     if QUERIES:
-        start = tl.load(key_tiles + tile * 5)
-        stop = tl.load(key_tiles + tile * 5 + 1)
-        low = tl.load(key_tiles + tile * 5 + 2)
-        edge = tl.load(key_tiles + tile * 5 + 3)
-        high = tl.load(key_tiles + tile * 5 + 4)
+        start = tl.load(key_tiles + tile * 6)
+        stop = tl.load(key_tiles + tile * 6 + 1)
+        low = tl.load(key_tiles + tile * 6 + 2)
+        edge = tl.load(key_tiles + tile * 6 + 3)
+        high = tl.load(key_tiles + tile * 6 + 4)
+        shift = tl.load(key_tiles + tile * 6 + 5)
         rows = start + tl.arange(0, BLOCK_M)
         own = rows < stop
         q = load_rows(q_base, rows, stop, stride, D, BLOCK_D)
         do = load_rows(do_base, rows, stop, d_row, D, BLOCK_D)
-        q_inverse = tl.load(q_norm + at + rows, mask=own, other=0.0)
-        log_total = tl.load(lse + at + rows, mask=own, other=float("inf"))
-        correction = tl.load(delta + at + rows, mask=own, other=0.0)
+        q_inverse = tl.load(q_norm + at + shift + rows, mask=own, other=0.0)
+        log_total = tl.load(lse + at + shift + rows, mask=own, other=float("inf"))
+        correction = tl.load(delta + at + shift + rows, mask=own, other=0.0)
         seen_low = tl.load(key_seen + rows * 2, mask=own, other=0)
         seen_high = tl.load(key_seen + rows * 2 + 1, mask=own, other=0)
         a_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         factor = q_inverse * (scale * LOG2_E)
         a_q = sum_over_keys(
             a_q, q, do, factor, log_total, correction, qkv_rows, q_column + heads * D, q_column + 2 * heads * D,
-            k_norm_rows, line, low, edge, seen_low, seen_high, False, BLOCK_J, PRECISION,
+            k_norm_rows, line, shift, low, edge, seen_low, seen_high, False, BLOCK_J, PRECISION,
         )  # fmt: skip
         a_q = sum_over_keys(
             a_q, q, do, factor, log_total, correction, qkv_rows, q_column + heads * D, q_column + 2 * heads * D,
-            k_norm_rows, line, edge, high, seen_low, seen_high, True, BLOCK_J, PRECISION,
+            k_norm_rows, line, shift, edge, high, seen_low, seen_high, True, BLOCK_J, PRECISION,
         )  # fmt: skip
         dq, along = through_norm(q, q_inverse, a_q, scale)
         keep = own[:, None] & (columns[None, :] < D)

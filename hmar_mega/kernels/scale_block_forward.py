@@ -59,7 +59,7 @@ def place(pid, num_tiles, heads, HEAD_GROUP: tl.constexpr):
 
 @triton.jit
 def attend_keys(
-    acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_norm, line, begin, end, seen_low, seen_high,
+    acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_norm, line, shift, begin, end, seen_low, seen_high,
     MASKED: tl.constexpr, RUNNING: tl.constexpr, INLINE_NORM: tl.constexpr, BLOCK_J: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def attend_keys(
         keys = start + tl.arange(0, BLOCK_J)
         k = qkv_rows.load([start, k_column])
         v = qkv_rows.load([start, v_column])
-        k_factor = inverse_norm(k) if INLINE_NORM else k_norm.load([line, start]).reshape([BLOCK_J])
+        k_factor = inverse_norm(k) if INLINE_NORM else k_norm.load([line, start + shift]).reshape([BLOCK_J])
         logits = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_J], tl.float32), PRECISION)
         logits = logits * (row_factor[:, None] * k_factor[None, :])
         if MASKED:
@@ -93,17 +93,18 @@ def forward_tile(
     INLINE_NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one sample and head; see `forward_kernel`."""
-    start = tl.load(tiles + tile * 5)
-    stop = tl.load(tiles + tile * 5 + 1)
-    low = tl.load(tiles + tile * 5 + 2)
-    edge = tl.load(tiles + tile * 5 + 3)
-    high = tl.load(tiles + tile * 5 + 4)
+    start = tl.load(tiles + tile * 6)
+    stop = tl.load(tiles + tile * 6 + 1)
+    low = tl.load(tiles + tile * 6 + 2)
+    edge = tl.load(tiles + tile * 6 + 3)
+    high = tl.load(tiles + tile * 6 + 4)
+    shift = tl.load(tiles + tile * 6 + 5)
     stride = batch.to(tl.int64) * 3 * heads * D
     q_base = qkv + (sample.to(tl.int64) * 3 * heads + head) * D
     k_column = ((sample * 3 + 1) * heads + head) * D
     v_column = k_column + heads * D
     line = sample * heads + head
-    at = line.to(tl.int64) * row_length
+    at = line.to(tl.int64) * row_length + shift
 
     rows = start + tl.arange(0, BLOCK_M)
     own = rows < stop
@@ -124,11 +125,11 @@ def forward_tile(
     else:
         maximum = tl.zeros([BLOCK_M], tl.float32) + (bound - tl.maximum(2.0 * bound - 120.0, 0.0))
     acc, total, maximum = attend_keys(
-        acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, low, edge, seen_low,
+        acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, shift, low, edge, seen_low,
         seen_high, False, RUNNING, INLINE_NORM, BLOCK_J, PRECISION,
     )  # fmt: skip
     acc, total, maximum = attend_keys(
-        acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, edge, high, seen_low,
+        acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, shift, edge, high, seen_low,
         seen_high, True, RUNNING, INLINE_NORM, BLOCK_J, PRECISION,
     )  # fmt: skip
     columns = tl.arange(0, BLOCK_D)
@@ -175,7 +176,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def key_norm_kernel(
-    qkv, k_norm, tokens, row_length, batch, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+    qkv, k_norm, places, tokens, row_length, batch, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """1/|k| of BLOCK_M positions of one sample and head; heads vary fastest."""
     pid = tl.program_id(0)
@@ -185,4 +186,5 @@ def key_norm_kernel(
     stride = batch.to(tl.int64) * 3 * heads * D
     k = load_rows(qkv + (sample.to(tl.int64) * 3 * heads + heads + head) * D, rows, tokens, stride, D, BLOCK_D)
     line = (sample.to(tl.int64) * heads + head) * row_length
-    tl.store(k_norm + line + rows, inverse_norm(k), mask=rows < tokens)
+    place = tl.load(places + rows, mask=rows < tokens, other=0)
+    tl.store(k_norm + line + place, inverse_norm(k), mask=rows < tokens)

@@ -6,6 +6,7 @@ and walks over the positions that they see (forward, query gradients) or that se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,6 +14,12 @@ import torch
 from torch import Tensor
 
 from hmar_mega.scales import Pattern, ScaleSchedule
+
+#: Consecutive small scales of up to so many positions together share a tile, whatever the block.
+PACK = 64
+
+#: Float32 values that the GPU's copy engine can start reading at: 16 bytes.
+ALIGNMENT = 4
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Tile:
         low, high: the other positions: walked from `low` in steps of the inner block to `high`.
         edge: where element masks end or begin. Walking over keys: every own position sees all of `low:edge` and the
             steps of `edge:high` need a mask. Walking over queries: the steps of `low:edge` need a mask.
+        shift: of the walk's positions in rows of values (see `row_places`).
     """
 
     start: int
@@ -31,6 +39,7 @@ class Tile:
     low: int
     edge: int
     high: int
+    shift: int
 
     @property
     def work(self) -> int:
@@ -41,19 +50,19 @@ class Tile:
 def runs(schedule: ScaleSchedule, block: int) -> list[tuple[int, int, int, int]]:
     """Own positions of every program: (start, stop, first scale, last scale).
 
-    Consecutive scales that fit into a block together share one; a longer scale is cut into blocks.
+    Consecutive scales of at most `PACK` positions together share a program; longer ones are cut into blocks.
     """
     found: list[tuple[int, int, int, int]] = []
     packed: tuple[int, int] | None = None
     for scale, length in enumerate(schedule.scale_lengths):
         start, stop = schedule.offsets[scale], schedule.offsets[scale + 1]
-        if packed is not None and stop - schedule.offsets[packed[0]] <= block:
+        if packed is not None and stop - schedule.offsets[packed[0]] <= PACK:
             packed = (packed[0], scale)
             continue
         if packed is not None:
             found.append((schedule.offsets[packed[0]], schedule.offsets[packed[1] + 1], *packed))
             packed = None
-        if length <= block:
+        if length <= PACK:
             packed = (scale, scale)
         else:
             found += [(at, min(at + block, stop), scale, scale) for at in range(start, stop, block)]
@@ -62,31 +71,52 @@ def runs(schedule: ScaleSchedule, block: int) -> list[tuple[int, int, int, int]]
     return found
 
 
+def shifts(schedule: ScaleSchedule, pattern: Pattern) -> tuple[list[int], int]:
+    """How far the rows of values of each scale are moved up, and how long a row is with that.
+
+    Kernels keep numbers of every query and key (log-sums, norms) in rows that the copy engine reads from aligned places
+    alone. A walk over block-diagonal positions starts where its scales start: these places are moved up to `ALIGNMENT`.
+    """
+    if pattern == "block_causal":
+        return [0] * schedule.num_scales, _align(schedule.num_tokens)
+    moved, end = [0] * schedule.num_scales, 0
+    for start, stop, first, last in runs(schedule, schedule.num_tokens):
+        at = _align(end)
+        moved[first : last + 1] = [at - start] * (last + 1 - first)
+        end = at + stop - start
+    return moved, _align(end)
+
+
+def _align(position: int) -> int:
+    return -(-position // ALIGNMENT) * ALIGNMENT
+
+
 def key_tiles(schedule: ScaleSchedule, pattern: Pattern, block: int, inner: int) -> list[Tile]:
     """Programs that own queries and walk over the keys these see, longest first."""
-    tiles = []
+    tiles, (moved, _) = [], shifts(schedule, pattern)
     for start, stop, first, last in runs(schedule, block):
         low = schedule.offsets[first] if pattern == "block_diagonal" else 0
         high = schedule.offsets[last + 1]
         seen_by_first = schedule.offsets[first + 1]
         seen_by_all = low if pattern == "block_diagonal" and first < last else seen_by_first
-        tiles.append(Tile(start, stop, low, low + (seen_by_all - low) // inner * inner, high))
+        edge = low + (seen_by_all - low) // inner * inner
+        tiles.append(Tile(start, stop, low, edge, high, moved[first]))
     return sorted(tiles, key=lambda t: -t.work)
 
 
 def query_tiles(schedule: ScaleSchedule, pattern: Pattern, block: int, inner: int) -> list[Tile]:
     """Programs that own keys and walk over the queries that see these, longest first."""
-    tiles = []
+    tiles, (moved, _) = [], shifts(schedule, pattern)
     for start, stop, first, last in runs(schedule, block):
-        low = schedule.offsets[first]
-        high = schedule.offsets[last + 1] if pattern == "block_diagonal" else schedule.num_tokens
-        if first == last:
-            edge = low
-        elif pattern == "block_diagonal":
-            edge = high
+        own = schedule.offsets[first]
+        if pattern == "block_diagonal":
+            low, high = own, schedule.offsets[last + 1]
+            unmasked = low if first == last else high
         else:  # queries of the last own scale and of later ones see every own key
-            edge = min(high, low + -(-(schedule.offsets[last] - low) // inner) * inner)
-        tiles.append(Tile(start, stop, low, edge, high))
+            low, high = own // ALIGNMENT * ALIGNMENT, schedule.num_tokens
+            unmasked = schedule.offsets[last]
+        edge = min(high, low + -(-(unmasked - low) // inner) * inner)
+        tiles.append(Tile(start, stop, low, edge, high, moved[first]))
     return sorted(tiles, key=lambda t: -t.work)
 
 
@@ -95,19 +125,23 @@ class Tables:
     """Device copies of the tables.
 
     Attributes:
-        tiles: (T, 5) int32, the fields of `Tile`.
+        tiles: (T, 6) int32, the fields of `Tile`.
         seen: (N, 2) int32, first and past-last position of the own ones' counterparts, for element masks.
+        places: (N,) int32, where each position's value is in a row.
+        row_length: of such rows.
     """
 
     tiles: Tensor
     seen: Tensor
+    places: Tensor
+    row_length: int
 
 
 @cache
 def key_tables(schedule: ScaleSchedule, pattern: Pattern, block: int, inner: int, device: torch.device | str) -> Tables:
     """Of `key_tiles`; `seen` are the keys that each query sees."""
     low = [0 if pattern == "block_causal" else schedule.offsets[k] for k in range(schedule.num_scales)]
-    return _tables(schedule, key_tiles(schedule, pattern, block, inner), low, list(schedule.offsets[1:]), device)
+    return _tables(schedule, pattern, key_tiles(schedule, pattern, block, inner), low, schedule.offsets[1:], device)
 
 
 @cache
@@ -115,18 +149,22 @@ def query_tables(
     schedule: ScaleSchedule, pattern: Pattern, block: int, inner: int, device: torch.device | str
 ) -> Tables:
     """Of `query_tiles`; `seen` are the queries that see each key."""
-    ends = schedule.offsets[1:] if pattern == "block_diagonal" else (schedule.num_tokens,) * schedule.num_scales
-    return _tables(schedule, query_tiles(schedule, pattern, block, inner), schedule.offsets[:-1], ends, device)
+    high = schedule.offsets[1:] if pattern == "block_diagonal" else (schedule.num_tokens,) * schedule.num_scales
+    low = schedule.offsets[:-1]
+    return _tables(schedule, pattern, query_tiles(schedule, pattern, block, inner), low, high, device)
 
 
 def _tables(
     schedule: ScaleSchedule,
+    pattern: Pattern,
     tiles: list[Tile],
-    low: list[int] | tuple[int, ...],
-    high: list[int] | tuple[int, ...],
+    low: Sequence[int],
+    high: Sequence[int],
     device: torch.device | str,
 ) -> Tables:
     levels = schedule.level_ids()
+    moved, length = shifts(schedule, pattern)
     seen = torch.tensor([low, high], dtype=torch.int32).T[levels].contiguous()
-    rows = torch.tensor([(t.start, t.stop, t.low, t.edge, t.high) for t in tiles], dtype=torch.int32)
-    return Tables(rows.to(device), seen.to(device))
+    places = (torch.arange(len(levels)) + torch.tensor(moved)[levels]).int()
+    rows = torch.tensor([(t.start, t.stop, t.low, t.edge, t.high, t.shift) for t in tiles], dtype=torch.int32)
+    return Tables(rows.to(device), seen.to(device), places.to(device), length)
