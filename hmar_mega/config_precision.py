@@ -11,8 +11,9 @@ from pydantic import Field, model_validator
 
 from hmar_mega.config_base import Section
 
-#: What Transformer Engine's FP8 products need: rows in multiples of 8, columns in multiples of 16.
-FP8_ROWS, FP8_COLUMNS = 8, 16
+#: What cuBLAS asks of every side of an FP8 product: a multiple of so many. Of rows (tokens) too, by which the product
+#: for the weight's gradient strides.
+FP8_MULTIPLE = 16
 
 #: The head dim at which cuDNN trains FP8 attention on Hopper.
 FP8_HEAD_DIM = 128
@@ -59,9 +60,9 @@ class PrecisionConfig(Section):
         if self.fp8 == "none":
             return
         for what, size in (("width", width), ("feed-forward width", hidden)):
-            if size % (FP8_COLUMNS * tensor_parallel):
+            if size % (FP8_MULTIPLE * tensor_parallel):
                 raise ValueError(
-                    f"fp8={self.fp8} needs a {what} that is a multiple of {FP8_COLUMNS} on each of the "
+                    f"fp8={self.fp8} needs a {what} that is a multiple of {FP8_MULTIPLE} on each of the "
                     f"{tensor_parallel} tensor-parallel ranks, not {size}; change it or parallel.tensor_parallel, or "
                     "set precision.fp8=none"
                 )
