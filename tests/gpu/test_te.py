@@ -312,7 +312,8 @@ def test_fp8_attention_in_a_model_follows_bf16() -> None:
 
 TRAINING = (
     "precision.compute=bf16", "optim.max_steps=20", "optim.epochs=5", "optim.base_lr=0.1", "optim.clip=1",
-    "model.width=64", "data.micro_batch_size=2", "checkpoint.interval=10", "checkpoint.keep_last=5", "run.peer_timeout=0",
+    "model.width=64", "data.micro_batch_size=2", "checkpoint.interval=10", "checkpoint.keep_last=5",
+    "run.peer_timeout=0",
 )  # fmt: skip
 
 #: Settings of the runs that go side by side.
