@@ -8,12 +8,10 @@ may grow to 100.
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from hmar_mega.config_precision import FP8_MAX_Q_SCALE
 from hmar_mega.engine import Engine
@@ -32,11 +30,10 @@ def choose_fp8_attention(engine: Engine) -> None:
     if not models:
         return
     scales: dict[str, float] = {}
-    for part in _everywhere(largest_scales(engine.model, engine.zero_stage), engine.dims.world_size):
+    for part in _everywhere(largest_scales(engine), engine.dims.world_size):
         for layer, scale in part.items():
             scales[layer] = max(scale, scales.get(layer, 0.0))
-    # NaN is above
-    above = {layer: scale for layer, scale in scales.items() if not scale <= FP8_MAX_Q_SCALE}
+    above = {layer: scale for layer, scale in scales.items() if scale > FP8_MAX_Q_SCALE}
     changed = models[0].bf16_attention != above.keys()
     for model in models:
         model.bf16_attention = frozenset(above)
@@ -50,15 +47,10 @@ def choose_fp8_attention(engine: Engine) -> None:
         )  # fmt: skip
 
 
-def largest_scales(model: nn.Module, zero_stage: int) -> dict[str, float]:
+def largest_scales(engine: Engine) -> dict[str, float]:
     """The largest learned scale of each attention layer of this rank, exp(min(a, ln 100)); collective under ZeRO-3."""
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    gathered: Any = nullcontext()
-    if zero_stage == 3:
-        import deepspeed
-
-        gathered = deepspeed.zero.GatheredParameters([layer.log_scale for layer in layers])
-    with gathered, torch.no_grad():
+    layers = [module for module in engine.model.modules() if isinstance(module, Attention)]
+    with engine.whole([layer.log_scale for layer in layers]), torch.no_grad():
         largest = torch.stack([layer.q_scale().max() for layer in layers]).tolist()
     return {layer.name: scale for layer, scale in zip(layers, largest, strict=True)}
 
