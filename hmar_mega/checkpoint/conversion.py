@@ -334,7 +334,7 @@ def _imported_settings(model: Model) -> dict[str, Any]:
             "cfg_scale": cfg,
             "top_k": top_k,
             "top_p": top_p,
-            "mask_cfg": cfg * REFERENCE_MASK_CFG if model.mask_branch else 0.0,
+            "mask_cfg_ratio": REFERENCE_MASK_CFG if model.mask_branch else 0.0,
             "mask_schedule": _passes(shape.schedule, model.mask_branch),
         },
         "classes": None,

@@ -113,7 +113,7 @@ def export_settings(config: Config, state: dict[str, Any]) -> dict[str, Any]:
             "cfg_scale": config.eval.cfg_scale,
             "top_k": config.eval.top_k,
             "top_p": config.eval.top_p,
-            "mask_cfg": 0.0,
+            "mask_cfg_ratio": 0.0,
             "mask_schedule": [list(e) for e in config.schedule.resolved_mask_schedule],
         },
         "classes": state.get("classes"),

@@ -96,6 +96,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cfg", help="guidance: one number, reached at the last scale, or one for every scale (default: its own)"
     )
+    group.add_argument(
+        "--mask-cfg",
+        metavar="CFG",
+        help="guidance of the mask passes, as --cfg (default: the model's own share of --cfg; 0 is fastest)",
+    )
     group.add_argument("--top-k", type=int, help="keep the k most likely tokens, 0 all (default: the model's own)")
     group.add_argument("--top-p", type=float, help="then keep tokens up to this probability (default: the model's own)")
     group.add_argument(

@@ -110,12 +110,13 @@ def _open(args: argparse.Namespace) -> tuple[ImageModel, ClassNames, SampleSetti
     if device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     cfg = None if args.cfg is None else parse_cfg(args.cfg)
+    mask_cfg = None if args.mask_cfg is None else parse_cfg(args.mask_cfg, "--mask-cfg")
     passes = None if args.mask_schedule is None else parse_mask_schedule(args.mask_schedule)
     model = open_model(args.model, device, DTYPES[args.dtype], args.ema, args.checkpoint, args.tokenizer)
     names = class_names(args.class_names, model.settings.get("classes"), model.num_classes)
     negative = None if args.negative_class is None else names.number(args.negative_class)
     settings = model.sample_settings(
-        cfg, args.top_k, args.top_p, passes, negative_class=negative, more_smooth=args.more_smooth
+        cfg, args.top_k, args.top_p, passes, mask_cfg, negative_class=negative, more_smooth=args.more_smooth
     )
     return model, names, settings
 

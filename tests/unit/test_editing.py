@@ -146,11 +146,13 @@ def test_the_sample_command_draws_a_row_a_class(folder: Path, tmp_path: Path, ca
     assert main([*arguments, str(tmp_path / "grid.png")]) == 0
     assert main([*arguments, str(tmp_path / "again.png")]) == 0
     assert main([*arguments, str(tmp_path / "other.png"), "--seed", "9"]) == 0
+    assert main([*arguments, str(tmp_path / "guided.png"), "--mask-cfg", "9"]) == 0
     assert "6 images of 2 classes" in capsys.readouterr().out
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width / grid.height == pytest.approx(3 / 2, rel=0.05)
     assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "again.png").read_bytes()
-    assert (tmp_path / "grid.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+    for other in ("other.png", "guided.png"):
+        assert (tmp_path / "grid.png").read_bytes() != (tmp_path / other).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,7 @@ def test_the_sample_command_draws_a_row_a_class(folder: Path, tmp_path: Path, ca
         (["--classes", "7"], "class 7 is out of range"),
         (["--classes", "0", "--count", "0"], "at least 1 image"),
         (["--classes", "0", "--top-p", "2"], "top_p=2"),
+        (["--classes", "0", "--mask-cfg", "1,2"], "mask_cfg has 2 numbers for 3 scales"),
     ],
 )
 def test_the_sample_command_refuses_before_it_writes(
