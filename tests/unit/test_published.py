@@ -378,9 +378,9 @@ BAD: dict[str, tuple[Callable[[Tensors], None], list[str]]] = {
     "mask": (changed("attn_bias_for_masking", torch.zeros_like), ["neither the block-diagonal"]),
     "nan": (
         changed("base_blocks.0.attn.proj.weight", lambda t: t.index_fill_(0, torch.tensor(3), torch.nan)),
-        ["NaN or infinite", "1 tensors: blocks.0.attn.proj.weight"],
+        ["NaN or infinite", "1 tensors: base_blocks.0.attn.proj.weight"],
     ),
-    "infinite": (changed("pos_1LC", lambda t: t / 0), ["pos_embed"]),
+    "infinite": (changed("pos_1LC", lambda t: t / 0), ["1 tensors: pos_1LC;"]),
 }
 
 
