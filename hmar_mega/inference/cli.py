@@ -75,7 +75,7 @@ def _add_edit(commands: Any) -> None:
     )
     parser.add_argument("--class", dest="label", required=True, help="class of the result, a number or name")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--count", type=int, default=1, help="versions, in one grid (default: 1)")
+    parser.add_argument("--count", type=int, default=1, help="versions, 8 to a row of a grid (default: 1)")
     parser.add_argument("--feather", type=int, default=0, metavar="PX", help="fade into the kept region over PX pixels")
     parser.add_argument("--no-paste", action="store_true", help="show the decoder's pixels in the kept region too")
     parser.add_argument("--fit", choices=("crop", "exact"), default="crop", help="exact: refuse other sizes")
