@@ -166,9 +166,9 @@ def main() -> None:
         if not args.small:
             print(vqvae_trip("VQ-VAE of the published size", {**VQVAE, **SIZES}, scratch()))
         print(
-            "\n## Parity\n\nImported models in float32 against the same formulas in float64 under the published names "
-            "(`tests/unit/test_published_parity.py`):\nlargest difference relative to the largest value; of the decoded"
-            " image the 2-norms, and the largest difference of a pixel\nin [−1, 1]. Allowed in the tests: "
+            "\n## Parity\n\nImported models in float32 against the same formulas in float64 under the published names\n"
+            "(`tests/unit/test_published_parity.py`): largest difference relative to the largest value; of the decoded "
+            "image the\n2-norms, and the largest difference of a pixel in [−1, 1]. Allowed in the tests: "
             f"{TOLERANCE:.0e}, and three times that for a pixel.\n",
             flush=True,
         )

@@ -28,14 +28,20 @@ def _add_sample(commands: Any) -> None:
         "the same.",
         "  hmar-mega sample models/d16 --classes 0,3,7 --count 4 --seed 0 --out grid.png\n"
         "  hmar-mega sample runs/d16-masked --ema --classes tench --gif tench.gif --out grid.png\n"
-        "  torchrun --nproc-per-node 8 -m hmar_mega sample models/d16 --num 50000 --out samples --format npz",
+        "  torchrun --nproc-per-node 8 -m hmar_mega sample models/d16 --num-images 50000 --out samples",
     )
     _add_model(parser)
     which = parser.add_argument_group("which images")
     which.add_argument("--classes", help="comma-separated numbers or names; in a grid, a row each (with --num: all)")
     which.add_argument("--count", type=int, help="images a class, columns of the grid (default: 4)")
     which.add_argument("--csv", type=Path, metavar="FILE", help="a line class,seed for each image")
-    which.add_argument("--num", type=int, help="this many images, the classes in turn, into the folder OUT")
+    which.add_argument(  # torchrun takes --num, also behind the module's name, for a shortened option of its own
+        "--num",
+        "--num-images",
+        type=int,
+        metavar="N",
+        help="this many images, the classes in turn, into the folder OUT (under torchrun: --num-images)",
+    )
     out = parser.add_argument_group("what to write")
     out.add_argument("--out", type=Path, required=True, help="PNG of the grid; with --num or --csv also a folder")
     out.add_argument("--scales-out", type=Path, metavar="FOLDER", help="also the grid after each scale, as PNGs")

@@ -184,7 +184,7 @@ def edit_file(args: argparse.Namespace) -> None:
 def kept_line(psnr: float, error: float, pasted: bool, feather: int) -> str:
     """What the kept pixels lost at worst, in dB and as a share of the full range."""
     then = "put back as they were" if pasted and not feather else f"fading over {feather} px" if pasted else "left so"
-    return f"kept pixels as the tokenizer gives them: PSNR {psnr:.1f} dB, largest error {error:.3f} of 1; {then}"
+    return f"kept pixels as they were decoded: PSNR {psnr:.1f} dB, largest error {error:.3f} of 1; {then}"
 
 
 def _canvas(args: argparse.Namespace, model: ImageModel) -> Canvas:
