@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +17,11 @@ from hmar_mega.errors import UserError
 #: What the system says of a place that takes no more, as opposed to a mistake of ours.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
+#: What it says where a file can have one name only.
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+log = logging.getLogger(__name__)
+
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file through a temporary beside it, fsync and rename.
@@ -25,6 +31,53 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     """
     with open_atomic(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def create_atomic(path: Path, data: str) -> bool:
+    """Write a file unless there is one: of several processes that do so at once one does, whole.
+
+    Returns:
+        Whether this call wrote it.
+
+    Raises:
+        UserError: when the folder cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        _link(temporary, path)
+        sync_path(path.parent)
+    except FileExistsError:
+        return False
+    except OSError as err:
+        raise cannot_write(path, err) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file its name unless that is taken: a rename would replace what another process wrote meanwhile."""
+    try:
+        os.link(temporary, path)
+    except OSError as err:
+        if err.errno not in NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "exists", str(path)) from None
+        log.warning(
+            "the file system of %s has no hard links: if another process writes %s at this very moment, the last one "
+            "wins", path.parent, path.name,
+        )  # fmt: skip
+        temporary.rename(path)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,11 +21,11 @@ from hmar_mega.checkpoint.published import Kind, ModelShape
 from hmar_mega.checkpoint.published_files import WeightFile, check_space, map_safetensors
 from hmar_mega.checkpoint.resize import resize_levels, resize_positions
 from hmar_mega.checkpoint.shards import write_shard
-from hmar_mega.checkpoint.sources import CheckpointReader
+from hmar_mega.checkpoint.sources import EMA, CheckpointReader
 from hmar_mega.config import EvalConfig, ModelConfig
 from hmar_mega.config_io import parse_config
 from hmar_mega.errors import UserError
-from hmar_mega.files import check_writable
+from hmar_mega.files import cannot_write
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.scales import Pattern, ScaleSchedule, mask_schedule_for
 
@@ -59,6 +59,8 @@ class Model:
         kind: published kind it was read from, or was imported from earlier; None for a model trained here.
         buffer: pattern of the attention mask in the published file, which for HMAR need not be how it attends.
         settings: config.json of a model of ours.
+        tokenizer: folder where a model of ours says that its tokenizer is.
+        names: what the file calls the tensors, where that differs from our names.
     """
 
     where: Path
@@ -69,6 +71,8 @@ class Model:
     kind: Kind | None = None
     buffer: Pattern | None = None
     settings: dict[str, Any] | None = None
+    tokenizer: Path | None = None
+    names: dict[str, str] = field(default_factory=dict)
 
     @property
     def next_branch(self) -> bool:
@@ -120,7 +124,8 @@ def read_published(file: WeightFile, said: Kind | None = None) -> Model:
         raise UserError(f"{where} is not {said}: its keys are those of {fits}")
     kind: Kind = said if said is not None else "var" if found == "next-scale" else found  # type: ignore[assignment]
     shape = published.infer_shape(kind, shapes, file.model.get(published.LEVELS), where)
-    wanted = {name: entry.shape for name, entry in published.layout(kind, shape).items()}
+    layout = published.layout(kind, shape)
+    wanted = {name: entry.shape for name, entry in layout.items()}
     published.check_keys(shapes, wanted, where, f"a {found} model of depth {shape.depth}")
     buffer = published.pattern_of(file.model[published.MASK_BUFFER], shape.schedule, where)
     if found == "next-scale" and said is None:
@@ -140,7 +145,8 @@ def read_published(file: WeightFile, said: Kind | None = None) -> Model:
             "ln 100 = 4.6: are these linear scales?", where, largest,
         )  # fmt: skip
     pattern: Pattern = "block_causal" if kind == "var" else "block_diagonal"
-    return Model(where, tensors, shape, shape.patch_nums, pattern, kind, buffer)
+    names = {entry.ours: name for name, entry in layout.items() if entry.ours is not None}
+    return Model(where, tensors, shape, shape.patch_nums, pattern, kind, buffer, names=names)
 
 
 def read_export(folder: Path) -> Model:
@@ -149,26 +155,46 @@ def read_export(folder: Path) -> Model:
         settings = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as err:
         raise UserError(f"{folder} is not an exported model ({err})") from None
-    return _ours(folder, map_safetensors(folder / "model.safetensors"), settings)
+    return _ours(folder, map_safetensors(folder / "model.safetensors"), settings, folder / "tokenizer")
 
 
 @contextmanager
-def read_checkpoint(folder: Path, beside: Path) -> Iterator[Model]:
-    """A canonical checkpoint, gathered in a temporary file beside the output so that memory never holds it."""
+def read_checkpoint(folder: Path, beside: Path, ema: bool = False) -> Iterator[Model]:
+    """A canonical checkpoint, gathered in a temporary file beside the output so that memory never holds it.
+
+    Args:
+        beside: the output.
+        ema: take the moving average of the weights; what was not trained has none and stays as it is.
+
+    Raises:
+        UserError: when it is damaged, has no moving average, or there is no room beside the output.
+    """
     reader = CheckpointReader(folder)
     reader.verify()
-    names = list(reader.shapes)
-    pieces = [(name, reader.shapes[name]) for name in names]
+    averaged = reader.averaged() if ema else set()
+    config = parse_config(reader.state["config"])
+    settings = export_settings(config, reader.state)
+    settings["trained"]["ema"] = ema
+    log.info(
+        "%s of step %s of %s%s", "moving average" if ema else "weights", reader.state["step"], folder.parent.parent,
+        "" if reader.state.get("finished", True) else ", which is unfinished",
+    )  # fmt: skip
     where = beside.absolute().parent
-    check_writable(where)
-    where.mkdir(parents=True, exist_ok=True)
-    # the temporary and what is written from it
-    check_space(beside, 2 * 4 * sum(torch.Size(shape).numel() for _, shape in pieces))
-    with TemporaryDirectory(dir=where, prefix=f".{beside.name}.") as temporary:
-        path = Path(temporary) / "model.safetensors"
-        write_shard(path, pieces, (reader.read(name).contiguous() for name in names))
-        settings = export_settings(parse_config(reader.state["config"]), reader.state)
-        yield _ours(folder, map_safetensors(path), settings)
+    with ExitStack() as stack:
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+            # the temporary and what is written from it
+            check_space(beside, 2 * 4 * sum(torch.Size(shape).numel() for shape in reader.shapes.values()))
+            temporary = TemporaryDirectory(dir=where, prefix=f".{beside.name}.", ignore_cleanup_errors=True)
+            path = Path(stack.enter_context(temporary)) / "model.safetensors"
+            tensors = (
+                reader.read(name, kind=EMA if name in averaged else "weight").contiguous() for name in reader.shapes
+            )
+            write_shard(path, list(reader.shapes.items()), tensors)
+        except OSError as err:
+            raise cannot_write(beside, err) from None
+        tokenizer = Path(config.tokenizer.path) if config.tokenizer.path is not None else None
+        yield _ours(folder, map_safetensors(path), settings, tokenizer)
 
 
 def _check_folder(
@@ -185,7 +211,7 @@ def _check_folder(
     published.check_keys(found, wanted, where, f"the model of its config.json, depth {config.depth}")
 
 
-def _ours(where: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Model:
+def _ours(where: Path, tensors: dict[str, Tensor], settings: dict[str, Any], tokenizer: Path | None) -> Model:
     try:
         config = ModelConfig.model_validate(settings["model"])
         patch_nums = ScaleSchedule(tuple(settings["patch_nums"])).patch_nums
@@ -204,7 +230,7 @@ def _ours(where: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> 
     origin = settings.get("published", {})
     return Model(
         where, tensors, shape if standard else None, patch_nums, config.attention.pattern,
-        origin.get("kind"), origin.get("mask_buffer"), settings,
+        origin.get("kind"), origin.get("mask_buffer"), settings, tokenizer,
     )  # fmt: skip
 
 
@@ -229,7 +255,13 @@ def merge(next_scale: Model, masked: Model) -> Model:
             f"{pair} do not belong together: {len(changed)} of the {len(shared)} tensors that stage 2 leaves as they "
             f"were differ: {published.listed(changed)}"
         )
-    return replace(next_scale, tensors={**next_scale.tensors, **masked.tensors}, kind="nvlabs-hmar")
+    theirs = {name: f"{key} of {masked.where}" for name, key in masked.names.items()}
+    return replace(
+        next_scale,
+        tensors={**next_scale.tensors, **masked.tensors},
+        kind="nvlabs-hmar",
+        names={**theirs, **next_scale.names},
+    )
 
 
 def rescale(model: Model, patch_nums: tuple[int, ...]) -> Model:
@@ -265,6 +297,12 @@ def as_published(model: Model, kind: Kind) -> dict[str, Tensor]:
         raise UserError(f"{model.where} has no mask branch, which {kind} has; use --to nvlabs-next-scale")
     if kind != "nvlabs-masked" and not model.next_branch:
         raise UserError(f"{model.where} has a mask branch alone; give its next-scale model, and this one as --masked")
+    own, usual = model.shape.mask_layers, published.default_mask_layers(model.shape.depth)
+    if kind == "nvlabs-masked" and own != usual:
+        raise UserError(
+            f"{model.where} has {own} blocks in its mask branch, and an nvlabs-masked file does not "
+            f"tell: of depth {model.shape.depth} it would be read back with {usual}; use --to nvlabs-hmar, which tells"
+        )
     if kind in ("nvlabs-hmar", "nvlabs-masked") and (model.settings or {}).get("mask_input") == "leak_free":
         log.warning(
             "%s was trained with mask_input=leak_free; the published code feeds its mask passes the reference input",
@@ -334,7 +372,7 @@ def _imported_settings(model: Model) -> dict[str, Any]:
             "cfg_scale": cfg,
             "top_k": top_k,
             "top_p": top_p,
-            "mask_cfg": cfg * REFERENCE_MASK_CFG if model.mask_branch else 0.0,
+            "mask_cfg_ratio": REFERENCE_MASK_CFG if model.mask_branch else 0.0,
             "mask_schedule": _passes(shape.schedule, model.mask_branch),
         },
         "classes": None,

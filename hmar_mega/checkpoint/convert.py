@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -29,7 +30,13 @@ from hmar_mega.checkpoint.conversion import (
     rescale,
 )
 from hmar_mega.checkpoint.published import KINDS, Kind
-from hmar_mega.checkpoint.published_files import check_new, check_space, read_weights, write_pth
+from hmar_mega.checkpoint.published_files import (
+    TOKENIZER_PREFIX,
+    check_new,
+    check_space,
+    read_weights,
+    write_pth,
+)
 from hmar_mega.checkpoint.published_tokenizer import (
     export_tokenizer,
     import_tokenizer,
@@ -40,7 +47,7 @@ from hmar_mega.checkpoint.published_tokenizer import (
     with_scales,
 )
 from hmar_mega.checkpoint.shards import write_shard
-from hmar_mega.checkpoint.sources import JSON_FILES, find_checkpoint
+from hmar_mega.checkpoint.sources import JSON_FILES, LATEST, complete_checkpoints, find_checkpoint
 from hmar_mega.errors import UserError
 from hmar_mega.files import new_folder
 from hmar_mega.progress import track
@@ -73,6 +80,8 @@ def convert(
     masked: Path | None = None,
     patch_nums: tuple[int, ...] | None = None,
     kind: Kind | None = None,
+    checkpoint: str | None = None,
+    ema: bool = False,
 ) -> Converted:
     """Convert a model or a tokenizer.
 
@@ -80,13 +89,15 @@ def convert(
         src: a published file (a training checkpoint too), a model folder, a tokenizer's folder, a run or a checkpoint.
         out: new folder for `ours`, else new file. `src` is never changed.
         to: `ours`, or a published kind; default `ours` unless `out` ends in .pth, and then the kind that holds all.
-        tokenizer: published VQ-VAE, training checkpoint or tokenizer's folder that the model goes with.
+        tokenizer: published VQ-VAE, training checkpoint or tokenizer's folder that a model of `ours` goes with.
         masked: a masked model to merge into the next-scale model `src`.
         patch_nums: another schedule to resize the model to.
-        kind: what `src` is, where its keys and its attention mask would say otherwise.
+        kind: what the file `src` is, where its keys and its attention mask would say otherwise.
+        checkpoint: of a run: `latest` (default), `best`, or a name.
+        ema: of a run or checkpoint: take the moving average of the weights.
 
     Raises:
-        UserError: for bad input, a full disk and outputs that exist.
+        UserError: for bad input, options that would do nothing, a full disk and outputs that exist.
     """
     target = to or (None if out.suffix in SUFFIXES else OURS)
     if target == OURS and out.suffix in SUFFIXES:
@@ -101,18 +112,25 @@ def convert(
     if target != OURS:
         check_new(out)
     with ExitStack() as stack:
-        beside: MultiScaleVQVAE | None = None
+        embedded: dict[str, Tensor] = {}
+        model: Model | MultiScaleVQVAE
         if src.is_dir():
-            if is_tokenizer_folder(src):
-                return _write_tokenizer(open_tokenizer(src, patch_nums), "tokenizer folder", out, target)
-            model = _open_folder(src, out, stack)
+            model = _open_folder(src, out, patch_nums, checkpoint, ema, stack)
         else:
+            _refuse(f"{src} is a file, with one set of weights", checkpoint=checkpoint, ema=ema)
             file = read_weights(src)
             if published.recognise(file.model, src) == "vqvae":
-                return _write_tokenizer(import_tokenizer(file.model, src, patch_nums), "vqvae", out, target)
-            model = read_published(file, kind)
-            if target == OURS and tokenizer is None and file.tokenizer:
-                beside = import_tokenizer(file.tokenizer, src, patch_nums or model.patch_nums)
+                model = import_tokenizer(file.model, src, patch_nums)
+            else:
+                model, embedded = read_published(file, kind), file.tokenizer
+        if isinstance(model, MultiScaleVQVAE):
+            _refuse(f"{src} is a tokenizer, and these are about models", tokenizer=tokenizer, masked=masked, kind=kind)
+            return _write_tokenizer(model, "tokenizer folder" if src.is_dir() else "vqvae", out, target)
+        if src.is_dir():
+            _refuse(f"{src} is a folder of ours, which says itself how its model attends", kind=kind)
+        if target != OURS:
+            why = f"{out} is to be a published file, which holds no tokenizer; convert that into a file of its own"
+            _refuse(why, tokenizer=tokenizer)
         if masked is not None:
             model = merge(model, read_published(read_weights(masked)))
         source = model.kind if model.settings is None and model.kind is not None else OURS
@@ -120,15 +138,24 @@ def convert(
         if patch_nums is not None:
             model = rescale(model, patch_nums)
         if target == OURS:
-            written = _write_ours(model, lambda: beside or _tokenizer_of(model, tokenizer, own_scales), out)
+            written = _write_ours(model, partial(_tokenizer_of, model, tokenizer, embedded, own_scales), out)
         else:
             target = _kind(target or default_kind(model))
             written = _write_published(model, target, out)
-        classes, codes, _ = model.sizes
-        about = (
-            f"depth {model.depth}, {classes} classes, {codes} codes, patch_nums {' '.join(map(str, model.patch_nums))}"
-        )
-        return Converted(source, target, written, model.parameters, about)
+        return Converted(source, target, written, model.parameters, _describe(model))
+
+
+def _refuse(why: str, **options: object) -> None:
+    """Raise UserError for options that were given and would do nothing."""
+    given = [f"--{name}" for name, value in options.items() if value]
+    if given:
+        raise UserError(f"{' and '.join(given)} would do nothing: {why}; leave {'them' if given[1:] else 'it'} out")
+
+
+def _describe(model: Model) -> str:
+    classes, codes, _ = model.sizes
+    scales = " ".join(map(str, model.patch_nums))
+    return f"depth {model.depth}, {classes} classes, {codes} codes, patch_nums {scales}"
 
 
 def _kind(name: str) -> Kind:
@@ -138,35 +165,67 @@ def _kind(name: str) -> Kind:
     raise UserError(f"{name!r} is no layout; use {OURS}, {', '.join(KINDS)}")
 
 
-def _open_folder(src: Path, out: Path, stack: ExitStack) -> Model:
+def _open_folder(
+    src: Path,
+    out: Path,
+    patch_nums: tuple[int, ...] | None,
+    checkpoint: str | None,
+    ema: bool,
+    stack: ExitStack,
+) -> Model | MultiScaleVQVAE:
+    """What a folder of ours holds; `stack` ends the life of its temporary files."""
+    if is_tokenizer_folder(src):
+        _refuse(f"{src} is a tokenizer, with one set of weights", checkpoint=checkpoint, ema=ema)
+        return open_tokenizer(src, patch_nums)
     if (src / "model.safetensors").is_file():
+        why = f"{src} is an exported model, with one set of weights; name the run instead"
+        _refuse(why, checkpoint=checkpoint, ema=ema)
         return read_export(src)
-    found = src if all((src / name).is_file() for name in JSON_FILES) else find_checkpoint(src)
+    found: Path | None = src
+    if all((src / name).is_file() for name in JSON_FILES):
+        _refuse(f"{src} is one checkpoint", checkpoint=checkpoint)
+    else:
+        found = find_checkpoint(src, checkpoint or LATEST)
+    if found is None and complete_checkpoints(src):
+        raise UserError(f"run {src} has no checkpoint {checkpoint!r}; see hmar-mega checkpoint list {src}")
     if found is None:
         raise UserError(f"{src} is no exported model, tokenizer, run or checkpoint: there is nothing to convert")
-    return stack.enter_context(read_checkpoint(found, out))
+    return stack.enter_context(read_checkpoint(found, out, ema))
 
 
-def _tokenizer_of(model: Model, given: Path | None, own_scales: tuple[int, ...]) -> MultiScaleVQVAE:
-    """The tokenizer a model folder gets, at the model's scales; UserError when it is not the model's."""
-    if given is None and model.settings is not None:
-        inside = model.where / "tokenizer"
-        given = inside if inside.is_dir() else None
-    if given is None:
+def _tokenizer_of(
+    model: Model, given: Path | None, embedded: dict[str, Tensor], own_scales: tuple[int, ...]
+) -> MultiScaleVQVAE:
+    """The tokenizer a model folder gets, at the model's scales.
+
+    Args:
+        given: by the person; else it is the one `embedded` in a training checkpoint, or that the model names.
+        own_scales: of the model as it was read.
+
+    Raises:
+        UserError: when there is none, or it is not the model's.
+    """
+    if given is None and model.tokenizer is not None and model.tokenizer.is_dir():
+        given = model.tokenizer
+    if given is not None:
+        name, found = str(given), open_tokenizer(given, own_scales)
+    elif embedded:
+        name, found = f"its {TOKENIZER_PREFIX[:-1]}", import_tokenizer(embedded, model.where, own_scales)
+    else:
+        moved = f", and {model.tokenizer} is not there" if model.tokenizer is not None else ""
         raise UserError(
-            f"{model.where} comes without its tokenizer; give it: --tokenizer vae_ch160v4096z32.pth, or a folder"
+            f"{model.where} comes without its tokenizer{moved}; give it: --tokenizer vae_ch160v4096z32.pth, or a folder"
         )
-    found = open_tokenizer(given, own_scales)
     _, codes, channels = model.sizes
     if (found.config.codebook_size, found.config.latent_channels) != (codes, channels):
         raise UserError(
-            f"{given} is not the tokenizer of {model.where}: it has {found.config.codebook_size} codes of "
+            f"{name} is not the tokenizer of {model.where}: it has {found.config.codebook_size} codes of "
             f"{found.config.latent_channels} channels, the model {codes} of {channels}"
         )
     known = (model.settings or {}).get("tokenizer_fingerprint")
     if known is not None and known != found.fingerprint:
         raise UserError(
-            f"{given} is not the tokenizer of {model.where}: fingerprint {found.fingerprint}, expected {known}"
+            f"{name} is not the tokenizer of {model.where}: fingerprint {found.fingerprint}, expected {known}"
         )
     return with_scales(found, model.patch_nums)
 
@@ -212,7 +271,7 @@ def _write_ours(model: Model, make_tokenizer: Callable[[], MultiScaleVQVAE], out
 
 def _write_published(model: Model, kind: Kind, out: Path) -> int:
     tensors = as_published(model, kind)
-    refuse_not_finite([n for n, t in model.tensors.items() if not is_finite(t)], model.where)
+    refuse_not_finite([model.names.get(n, n) for n, t in model.tensors.items() if not is_finite(t)], model.where)
     size = sum(t.nbytes for t in tensors.values())
     check_space(out, size)
     with _progress(out, size) as advance:
@@ -225,7 +284,7 @@ def _checked(model: Model, advance: Callable[[int], None]) -> Iterator[Tensor]:
     broken = []
     for name, tensor in model.tensors.items():
         if not is_finite(tensor):
-            broken.append(name)
+            broken.append(model.names.get(name, name))
         yield tensor.float().contiguous()
         advance(4 * tensor.numel())
     refuse_not_finite(broken, model.where)

@@ -25,7 +25,7 @@ def add_convert_parser(subparsers: Any) -> None:
         "  hmar-mega convert var_d36.pth models/d36 --tokenizer vae_ch160v4096z32.pth\n"
         "  hmar-mega convert next-scale.pth models/mine --masked masked.pth --tokenizer vae_ch160v4096z32.pth\n"
         "  hmar-mega convert models/d16 models/d16-512 --patch-nums 1,2,3,4,6,9,13,18,24,32\n"
-        "  hmar-mega convert runs/stage2 mine.pth --to nvlabs-hmar\n"
+        "  hmar-mega convert runs/stage2 mine.pth --to nvlabs-hmar --ema\n"
         "  hmar-mega convert models/d16/tokenizer vae.pth",
     )
     parser.add_argument(
@@ -36,7 +36,9 @@ def add_convert_parser(subparsers: Any) -> None:
         "--to", choices=LAYOUTS, help="default: ours, or for a .pth the published layout that holds all of the model"
     )
     parser.add_argument(
-        "--tokenizer", type=Path, help="VQ-VAE of the model: published file, training checkpoint or folder"
+        "--tokenizer",
+        type=Path,
+        help="VQ-VAE of the model, for ours: published file, training checkpoint or folder (default: what SRC names)",
     )
     parser.add_argument(
         "--masked",
@@ -46,7 +48,11 @@ def add_convert_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--patch-nums", help="other scales to resize positions and levels to, such as 1,2,3,4,6,9,13,18,24,32"
     )
-    parser.add_argument("--kind", choices=LAYOUTS[1:], help="what SRC is, where its attention mask would say otherwise")
+    parser.add_argument(
+        "--kind", choices=LAYOUTS[1:], help="what a file is, where its attention mask would say otherwise"
+    )
+    parser.add_argument("--checkpoint", help="of a run: latest (default), best, or a name")
+    parser.add_argument("--ema", action="store_true", help="of a run or checkpoint: the moving average of the weights")
     parser.set_defaults(run=_run_convert)
 
 
@@ -61,6 +67,8 @@ def _run_convert(args: argparse.Namespace) -> int:
         masked=args.masked,
         patch_nums=_numbers(args.patch_nums),
         kind=args.kind,
+        checkpoint=args.checkpoint,
+        ema=args.ema,
     )
     print(
         f"{args.src} ({done.source}) → {args.out} ({done.target}): {done.keys} tensors, "

@@ -71,19 +71,14 @@ def export_run(
             f"{tokenizer_folder} is not the tokenizer of run {run}: fingerprint {tokenizer.fingerprint}, expected "
             f"{state['tokenizer_fingerprint']}; give the one it was trained with: --tokenizer FOLDER"
         )
-    averaged = {name for name in reader.shapes if EMA in reader.kinds(name)}
-    if ema and not averaged:
-        raise UserError(
-            f"checkpoint {folder} holds no moving average: the run was trained without optim.ema_decay; export its "
-            "weights without --ema"
-        )
+    averaged = reader.averaged() if ema else set()
     settings = export_settings(config, state)
     if ema:
         settings["trained"]["ema"] = True
     with new_folder(out) as temporary:
         tensors = {
             # a head's temperature would change by up to 1 % in bf16
-            name: reader.read(name, kind=EMA if ema and name in averaged else "weight")
+            name: reader.read(name, kind=EMA if name in averaged else "weight")
             .to(torch.float32 if name.endswith("log_scale") else DTYPES[dtype])
             .contiguous()
             for name in reader.shapes
@@ -113,7 +108,7 @@ def export_settings(config: Config, state: dict[str, Any]) -> dict[str, Any]:
             "cfg_scale": config.eval.cfg_scale,
             "top_k": config.eval.top_k,
             "top_p": config.eval.top_p,
-            "mask_cfg": 0.0,
+            "mask_cfg_ratio": 0.0,
             "mask_schedule": [list(e) for e in config.schedule.resolved_mask_schedule],
         },
         "classes": state.get("classes"),

@@ -147,8 +147,8 @@ def map_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: when it is no such file or is cut short.
     """
-    size = path.stat().st_size
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
             if 8 + length > size:

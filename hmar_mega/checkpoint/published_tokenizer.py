@@ -52,6 +52,7 @@ def open_tokenizer(path: Path, patch_nums: tuple[int, ...] | None = None) -> Mul
     """
     if path.is_dir():
         found = MultiScaleVQVAE.load(path)
+        check_finite(found.state_dict(), path)
         return found if patch_nums is None else with_scales(found, patch_nums)
     file = read_weights(path)
     tensors = file.tokenizer or file.model

@@ -114,6 +114,20 @@ class CheckpointReader:
         """What is stored of `name`: `weight`, and `exp_avg`, `exp_avg_sq` where it was trained."""
         return {kind for stored, kind in self._entries if stored == name}
 
+    def averaged(self) -> set[str]:
+        """Names of the weights that have a moving average; what was not trained has none.
+
+        Raises:
+            UserError: when none has.
+        """
+        found = {name for name in self.shapes if EMA in self.kinds(name)}
+        if not found:
+            raise UserError(
+                f"checkpoint {self.folder} holds no moving average: the run was trained without optim.ema_decay; leave "
+                "--ema out to take its weights"
+            )
+        return found
+
     def read(self, name: str, box: Box | None = None, kind: str = "weight") -> Tensor:
         """The float32 values of `box` of one tensor, assembled from whatever pieces were written."""
         box = box if box is not None else whole(self._global[name])

@@ -28,14 +28,20 @@ def _add_sample(commands: Any) -> None:
         "the same.",
         "  hmar-mega sample models/d16 --classes 0,3,7 --count 4 --seed 0 --out grid.png\n"
         "  hmar-mega sample runs/d16-masked --ema --classes tench --gif tench.gif --out grid.png\n"
-        "  torchrun --nproc-per-node 8 -m hmar_mega sample models/d16 --num 50000 --out samples --format npz",
+        "  torchrun --nproc-per-node 8 -m hmar_mega sample models/d16 --num-images 50000 --out samples",
     )
     _add_model(parser)
     which = parser.add_argument_group("which images")
     which.add_argument("--classes", help="comma-separated numbers or names; in a grid, a row each (with --num: all)")
     which.add_argument("--count", type=int, help="images a class, columns of the grid (default: 4)")
     which.add_argument("--csv", type=Path, metavar="FILE", help="a line class,seed for each image")
-    which.add_argument("--num", type=int, help="this many images, the classes in turn, into the folder OUT")
+    which.add_argument(  # torchrun takes --num, also behind the module's name, for a shortened option of its own
+        "--num",
+        "--num-images",
+        type=int,
+        metavar="N",
+        help="this many images, the classes in turn, into the folder OUT (under torchrun: --num-images)",
+    )
     out = parser.add_argument_group("what to write")
     out.add_argument("--out", type=Path, required=True, help="PNG of the grid; with --num or --csv also a folder")
     out.add_argument("--scales-out", type=Path, metavar="FOLDER", help="also the grid after each scale, as PNGs")
@@ -75,7 +81,7 @@ def _add_edit(commands: Any) -> None:
     )
     parser.add_argument("--class", dest="label", required=True, help="class of the result, a number or name")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--count", type=int, default=1, help="versions, in one grid (default: 1)")
+    parser.add_argument("--count", type=int, default=1, help="versions, 8 to a row of a grid (default: 1)")
     parser.add_argument("--feather", type=int, default=0, metavar="PX", help="fade into the kept region over PX pixels")
     parser.add_argument("--no-paste", action="store_true", help="show the decoder's pixels in the kept region too")
     parser.add_argument("--fit", choices=("crop", "exact"), default="crop", help="exact: refuse other sizes")
@@ -95,6 +101,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how to sample")
     group.add_argument(
         "--cfg", help="guidance: one number, reached at the last scale, or one for every scale (default: its own)"
+    )
+    group.add_argument(
+        "--mask-cfg",
+        metavar="CFG",
+        help="guidance of the mask passes, as --cfg (default: the model's own share of --cfg; 0 is fastest)",
     )
     group.add_argument("--top-k", type=int, help="keep the k most likely tokens, 0 all (default: the model's own)")
     group.add_argument("--top-p", type=float, help="then keep tokens up to this probability (default: the model's own)")

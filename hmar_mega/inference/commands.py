@@ -21,7 +21,7 @@ from hmar_mega.inference.canvas import (
     parse_room,
     read_image,
 )
-from hmar_mega.inference.editing import Edit, edit
+from hmar_mega.inference.editing import edit
 from hmar_mega.inference.frames import write_gif, write_scales
 from hmar_mega.inference.generation import Generation, Request
 from hmar_mega.inference.opening import open_model
@@ -29,8 +29,11 @@ from hmar_mega.inference.options import ClassNames, class_names, parse_cfg, pars
 from hmar_mega.inference.pipeline import ImageModel, image_seeds
 from hmar_mega.inference.sampler import SampleSettings, generate_tokens
 
-#: Images of a grid sampled at once.
+#: Images of a grid, or versions of an edit, sampled at once.
 BATCH = 64
+
+#: Most versions of an edit side by side.
+COLUMNS = 8
 
 #: Images a class, unless --count says otherwise.
 COUNT = 4
@@ -50,7 +53,7 @@ def sample(args: argparse.Namespace) -> None:
             image_seeds([args.seed + args.num - 1, args.seed], 2)
             request = Request.balanced(args.num, model.check_labels(classes).tolist(), args.seed)
         generation = Generation(
-            model, settings, request, args.out, args.format, args.chunk_size, args.batch_size, part, parts
+            model, settings, request, args.out, args.format, args.chunk_size, args.batch_size, part, parts, names.names
         )
         print(generation.run(show_progress=int(os.environ.get("RANK", 0)) == 0))
         return
@@ -110,12 +113,13 @@ def _open(args: argparse.Namespace) -> tuple[ImageModel, ClassNames, SampleSetti
     if device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     cfg = None if args.cfg is None else parse_cfg(args.cfg)
+    mask_cfg = None if args.mask_cfg is None else parse_cfg(args.mask_cfg, "--mask-cfg")
     passes = None if args.mask_schedule is None else parse_mask_schedule(args.mask_schedule)
     model = open_model(args.model, device, DTYPES[args.dtype], args.ema, args.checkpoint, args.tokenizer)
     names = class_names(args.class_names, model.settings.get("classes"), model.num_classes)
     negative = None if args.negative_class is None else names.number(args.negative_class)
     settings = model.sample_settings(
-        cfg, args.top_k, args.top_p, passes, negative_class=negative, more_smooth=args.more_smooth
+        cfg, args.top_k, args.top_p, passes, mask_cfg, negative_class=negative, more_smooth=args.more_smooth
     )
     return model, names, settings
 
@@ -158,26 +162,29 @@ def edit_file(args: argparse.Namespace) -> None:
         raise UserError("--fit exact goes with --mask and --box: outpainting always moves the picture")
     model, names, settings = _open(args)
     canvas = _canvas(args, model)
-    labels = [names.number(args.label)] * args.count
-    done = edit(
-        model, canvas.image.expand(args.count, -1, -1, -1), canvas.mask[None], labels,
-        seed=args.seed, settings=settings, paste=not args.no_paste, feather=args.feather,
-    )  # fmt: skip
-    image_grid(done.images.cpu(), args.count, args.out, value_range=(0.0, 1.0))
+    label, seeds = names.number(args.label), image_seeds(args.seed, args.count)
+    images, psnr, error = [], [], []
+    for batch in _batches(args.count):
+        own = seeds[batch]
+        done = edit(
+            model, canvas.image.expand(len(own), -1, -1, -1), canvas.mask[None], [label] * len(own), own, settings,
+            paste=not args.no_paste, feather=args.feather,
+        )  # fmt: skip
+        images.append(done.images.cpu())
+        psnr.append(float(done.kept_psnr.min()))
+        error.append(float(done.kept_error.max()))
+    image_grid(torch.cat(images), min(args.count, COLUMNS), args.out, value_range=(0.0, 1.0))
     for change in canvas.changes:
         print(change)
     print(f"{int(canvas.mask.sum())} of {canvas.mask.numel()} pixels generated anew in {args.out}")
     if not canvas.mask.all():
-        print(kept_line(done, pasted=not args.no_paste, feather=args.feather))
+        print(kept_line(min(psnr), max(error), pasted=not args.no_paste, feather=args.feather))
 
 
-def kept_line(done: Edit, pasted: bool, feather: int) -> str:
-    """What the kept pixels lost: the worst of all versions, in dB and as a share of the full range."""
+def kept_line(psnr: float, error: float, pasted: bool, feather: int) -> str:
+    """What the kept pixels lost at worst, in dB and as a share of the full range."""
     then = "put back as they were" if pasted and not feather else f"fading over {feather} px" if pasted else "left so"
-    return (
-        f"kept pixels as the tokenizer gives them: PSNR {float(done.kept_psnr.min()):.1f} dB, largest error "
-        f"{float(done.kept_error.max()):.3f} of 1; {then}"
-    )
+    return f"kept pixels as they were decoded: PSNR {psnr:.1f} dB, largest error {error:.3f} of 1; {then}"
 
 
 def _canvas(args: argparse.Namespace, model: ImageModel) -> Canvas:

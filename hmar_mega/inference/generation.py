@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hmar_mega.errors import UserError
-from hmar_mega.files import check_writable, write_atomic
+from hmar_mega.files import check_writable, create_atomic
 from hmar_mega.inference.pipeline import ImageModel
 from hmar_mega.inference.sampler import SampleSettings, generate_tokens
 from hmar_mega.inference.storage import Chunk, Format, Store, open_store
@@ -66,6 +66,7 @@ class Generation:
         chunk_size: images written at once.
         batch_size: images sampled at once.
         part, parts: which share of the chunks this process makes, 0 ≤ part < parts.
+        class_names: written into image shards; empty: the model's own, else numbers.
     """
 
     model: ImageModel
@@ -77,6 +78,7 @@ class Generation:
     batch_size: int = 50
     part: int = 0
     parts: int = 1
+    class_names: tuple[str, ...] = ()
 
     def run(self, show_progress: bool = True) -> str:
         """Make this part's missing chunks, and put everything together once all parts' are there.
@@ -141,14 +143,15 @@ class Generation:
         return f"{len(self.request.labels)} images in {store.result}"
 
     def _agree_on_plan(self) -> None:
-        """Write `plan.json`, or compare with the one there."""
+        """Write `plan.json`, or compare with the one there, also where another part has just written it."""
         path, plan = self.out / PLAN_FILE, self._plan()
         if not path.exists():
             taken = self.out.exists() and (not self.out.is_dir() or any(self._visible()))
             if taken and not path.exists():  # another part writes its plan before anything else
                 raise UserError(f"{self.out} exists and holds no generation; choose another --out or remove it first")
             check_writable(self.out)
-            write_atomic(path, json.dumps(plan, indent=1) + "\n")
+            if create_atomic(path, json.dumps(plan, indent=1) + "\n"):
+                return
         try:
             found = json.loads(path.read_text())
         except (OSError, ValueError) as err:
@@ -177,12 +180,14 @@ class Generation:
             "device": device_name(self.model.device),
             **dataclasses.asdict(self.settings),
         }
+        if self.form == "shards":  # the only format that has them
+            plan["class_names"] = hashlib.sha256(json.dumps(self._class_names()).encode()).hexdigest()[:16]
         comparable: dict[str, Any] = json.loads(json.dumps(plan))
         return comparable
 
     def _class_names(self) -> list[str]:
         count = self.model.num_classes
-        return list(self.model.settings.get("classes") or [str(number) for number in range(count)])
+        return list(self.class_names or self.model.settings.get("classes") or [str(n) for n in range(count)])
 
     @property
     def _width(self) -> int:

@@ -25,7 +25,7 @@ class _RunWeights:
     def __init__(self, reader: CheckpointReader, ema: bool) -> None:
         self._reader = reader
         self.shapes, self.tokenizer_fingerprint = reader.shapes, reader.tokenizer_fingerprint
-        self.averaged = {name for name in reader.shapes if EMA in reader.kinds(name)} if ema else set()
+        self.averaged = reader.averaged() if ema else set()
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """The float32 values of `box` of one tensor."""
@@ -69,10 +69,6 @@ def open_model(
     reader = CheckpointReader(folder)
     reader.verify()
     weights = _RunWeights(reader, ema)
-    if ema and not weights.averaged:
-        raise UserError(
-            f"checkpoint {folder} holds no moving average: the run was trained without optim.ema_decay; leave --ema out"
-        )
     config = parse_config(reader.state["config"])
     settings = export_settings(config, reader.state)
     settings["trained"]["ema"] = ema

@@ -42,13 +42,13 @@ def format_mask_schedule(schedule: Iterable[Iterable[int]]) -> str:
     return ";".join(",".join(map(str, entry)) for entry in schedule)
 
 
-def parse_cfg(text: str) -> float | list[float]:
+def parse_cfg(text: str, option: str = "--cfg") -> float | list[float]:
     """`1.5` → 1.5; `0,0.5,1` → [0, 0.5, 1], the strength at every scale."""
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         raise UserError(
-            f"--cfg {text!r} is neither a number, such as 1.5, nor a comma-separated list with one number a scale"
+            f"{option} {text!r} is neither a number, such as 1.5, nor a comma-separated list with one number a scale"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
 

@@ -16,7 +16,7 @@ from hmar_mega.checkpoint.sources import ExportReader, WeightSource, check_shape
 from hmar_mega.config import ModelConfig
 from hmar_mega.devices import pick_device
 from hmar_mega.errors import UserError
-from hmar_mega.inference.sampler import SampleSettings, generate_tokens
+from hmar_mega.inference.sampler import SampleSettings, generate_tokens, guidance_strengths
 from hmar_mega.inference.smooth import Smoothing
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.scales import ScaleSchedule, mask_schedule_for
@@ -104,7 +104,7 @@ class ImageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         mask_schedule: Iterable[Iterable[int]] | None = None,
-        mask_cfg: float | None = None,
+        mask_cfg: float | Sequence[float] | None = None,
         seed: int | Sequence[int] | Tensor = 0,
         batch_invariant: bool = False,
         negative_class: int | None = None,
@@ -168,21 +168,19 @@ class ImageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         mask_schedule: Iterable[Iterable[int]] | None = None,
-        mask_cfg: float | None = None,
+        mask_cfg: float | Sequence[float] | None = None,
         negative_class: int | None = None,
         more_smooth: bool | Smoothing = False,
     ) -> SampleSettings:
-        """Fill what is None from the model's own defaults, and check all of it."""
+        """Fill what is None from the model's own defaults, and check all of it; mask_cfg follows cfg_scale."""
         defaults = self.settings["sampling"]
         cfg_scale = defaults["cfg_scale"] if cfg_scale is None else cfg_scale
         top_k = defaults["top_k"] if top_k is None else top_k
         top_p = defaults["top_p"] if top_p is None else top_p
-        mask_cfg = defaults["mask_cfg"] if mask_cfg is None else mask_cfg
-        if isinstance(cfg_scale, Iterable):
-            cfg_scale = self._check_strengths(cfg_scale)
-        strengths = cfg_scale if isinstance(cfg_scale, tuple) else (cfg_scale,)
-        finite = all(math.isfinite(t) for t in (*strengths, mask_cfg))
-        if not finite or min(*strengths, mask_cfg, top_k) < 0 or not 0 < top_p <= 1:
+        cfg_scale = self._check_strengths("cfg_scale", cfg_scale)
+        mask_cfg = _mask_cfg(defaults, cfg_scale) if mask_cfg is None else self._check_strengths("mask_cfg", mask_cfg)
+        strengths = [t for given in (cfg_scale, mask_cfg) for t in (given if isinstance(given, tuple) else (given,))]
+        if not all(math.isfinite(t) for t in strengths) or min(*strengths, top_k) < 0 or not 0 < top_p <= 1:
             raise UserError(
                 f"cfg_scale={cfg_scale}, mask_cfg={mask_cfg}, top_k={top_k}, top_p={top_p}: allowed are finite "
                 "cfg_scale ≥ 0 and mask_cfg ≥ 0, top_k ≥ 0 (0 keeps all) and 0 < top_p ≤ 1"
@@ -191,6 +189,8 @@ class ImageModel:
             given: Any = [tuple(e) for e in mask_schedule] if mask_schedule is not None else []
             if any(len(e) > 1 for e in given):
                 raise UserError("this model has no mask branch, so a mask_schedule with several passes cannot be run")
+            if any(guidance_strengths(mask_cfg, self.schedule.num_scales)):
+                raise UserError(f"this model has no mask branch, so mask_cfg={mask_cfg} guides nothing; leave it out")
         else:
             given = [tuple(e) for e in mask_schedule] if mask_schedule is not None else defaults["mask_schedule"]
         try:
@@ -204,12 +204,14 @@ class ImageModel:
             cfg_scale, top_k, top_p, passes, mask_cfg, self.settings["mask_input"], negative_class, smoothing
         )
 
-    def _check_strengths(self, given: Sequence[float]) -> tuple[float, ...]:
+    def _check_strengths(self, name: str, given: float | Sequence[float]) -> float | tuple[float, ...]:
+        if not isinstance(given, Iterable):
+            return given
         strengths = tuple(float(t) for t in given)
         if len(strengths) != self.schedule.num_scales:
             raise UserError(
-                f"cfg_scale has {len(strengths)} numbers for {self.schedule.num_scales} scales: give one number, which "
-                "rises from 0 at the first scale to cfg_scale at the last, or the strength at every scale"
+                f"{name} has {len(strengths)} numbers for {self.schedule.num_scales} scales: give one number, which "
+                f"rises from 0 at the first scale to {name} at the last, or the strength at every scale"
             )
         return strengths
 
@@ -296,6 +298,20 @@ def build_model(
         raise UserError(f"{folder}/config.json is damaged ({err}); export the model again") from None
     _fill(model, source, folder, device, dtype)
     return ImageModel(model, tokenizer, settings)
+
+
+def _mask_cfg(defaults: dict[str, Any], cfg_scale: float | tuple[float, ...]) -> float | tuple[float, ...]:
+    """The guidance of mask passes that goes with a guidance: `mask_cfg_ratio` of it.
+
+    Exports of before that key hold `mask_cfg`, the product with their own cfg_scale.
+    """
+    ratio = defaults.get("mask_cfg_ratio")
+    if ratio is None:
+        product, own_cfg = defaults["mask_cfg"], defaults["cfg_scale"]
+        if product and not own_cfg:
+            return float(product)
+        ratio = product / own_cfg if product else 0.0
+    return tuple(ratio * t for t in cfg_scale) if isinstance(cfg_scale, tuple) else ratio * cfg_scale
 
 
 def image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:

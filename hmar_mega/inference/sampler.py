@@ -30,7 +30,7 @@ class SampleSettings:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: then keep the most likely tokens until their probability reaches p; 1 keeps all.
         mask_schedule: tokens that each pass keeps, one tuple a scale, each summing to p_k².
-        mask_cfg: guidance of the mask passes; 0 skips their unconditional half.
+        mask_cfg: guidance of the mask passes, one number or K as cfg_scale; 0 skips their unconditional half.
         mask_input: how the mask branch was trained, see `sequence.token_features`.
         negative_class: class that takes the place of the unconditional one in guidance; None: the unconditional one.
         more_smooth: mix codes instead of taking one, for visualisation; see `smooth.gumbel_codes`. None: do not.
@@ -40,7 +40,7 @@ class SampleSettings:
     top_k: int
     top_p: float
     mask_schedule: tuple[tuple[int, ...], ...]
-    mask_cfg: float = 0.0
+    mask_cfg: float | tuple[float, ...] = 0.0
     mask_input: MaskInput = "leak_free"
     negative_class: int | None = None
     more_smooth: Smoothing | None = None
@@ -48,6 +48,10 @@ class SampleSettings:
     def strengths(self, num_scales: int) -> tuple[float, ...]:
         """The guidance strength t of each scale's next-scale pass."""
         return guidance_strengths(self.cfg_scale, num_scales)
+
+    def mask_strengths(self, num_scales: int) -> tuple[float, ...]:
+        """The guidance strength t of each scale's mask passes."""
+        return guidance_strengths(self.mask_cfg, num_scales)
 
 
 def guidance_strengths(cfg_scale: float | tuple[float, ...], num_scales: int) -> tuple[float, ...]:
@@ -149,6 +153,7 @@ class _State:
         pattern = model.config.attention.pattern
         self.cached = pattern == "block_causal"
         self.strengths = settings.strengths(model.schedule.num_scales)
+        self.mask_strengths = settings.mask_strengths(model.schedule.num_scales)
         self.attend = ScaleAttention(pattern)
         negative = model.config.num_classes if settings.negative_class is None else settings.negative_class
         self.cond = model.condition(torch.cat([labels_B, torch.full_like(labels_B, negative)]))
@@ -206,7 +211,6 @@ def _sample_scale(
     state: _State, scale: int, passes: Sequence[int], given: Tensor | None, forced: Tensor | None
 ) -> Tensor:
     """One scale: a next-scale pass, then mask passes on what was not confident enough; (B, n) int64."""
-    settings = state.settings
     tokens, confidence, mixed = state.draw(state.logits(scale, "next_scale", state.strengths[scale]), scale, 0)
     if forced is not None and given is not None:
         tokens = torch.where(forced, given, tokens)
@@ -220,8 +224,8 @@ def _sample_scale(
         # everything kept before ranks first; forced tokens stay even beyond the count
         kept = (rank < target) | confidence.isinf()
         features = _token_features(state, scale, tokens, kept)
-        strength = settings.mask_cfg * scale / (state.model.schedule.num_scales - 1)
-        again, sure, new = state.draw(state.logits(scale, "masked", strength, features, ~kept), scale, attempt)
+        logits = state.logits(scale, "masked", state.mask_strengths[scale], features, ~kept)
+        again, sure, new = state.draw(logits, scale, attempt)
         tokens = torch.where(kept, tokens, again)
         confidence = torch.where(kept, float("inf"), sure)
         if mixed is not None and new is not None:

@@ -52,7 +52,7 @@ class Plan:
 
     Attributes:
         forward: of the forward kernel.
-        inline_norm: compute 1/|k| where a key is used; else by a kernel of its own before.
+        inline_norm: compute 1/|k| where a key is used (head dims that are powers of two); else by a kernel before.
         keys, queries: of the backward kernel's two halves; the same object: one launch does both.
     """
 
@@ -67,16 +67,13 @@ def plan_for(schedule: ScaleSchedule, pattern: Pattern, dtype: torch.dtype, head
     if dtype == torch.float32:
         both = Launch(64, 32, 8, 1) if head_dim > 64 else Launch(64, 32, 4, 1)
         return Plan(both, False, both, both)
-    wide = head_dim > 64
-    small = Launch(64, 64, 4, 2)
+    if head_dim > 64:
+        both = Launch(64, 64, 4, 2, 8)
+        return Plan(both, schedule.num_tokens < 1500 and head_dim == 128, both, both)
     if schedule.num_tokens < 1500:
-        return Plan(small, True, small, small)
-    return Plan(
-        Launch(128, 64, 8, 3, 4),
-        False,
-        Launch(64, 64, 4, 2, 4) if wide else Launch(128, 64, 8, 2, 4),
-        Launch(64, 64, 4, 2, 4) if wide else Launch(128, 64, 8, 2, 4),
-    )
+        both = Launch(64, 32, 4, 3, 8, 168)
+        return Plan(Launch(64, 64, 4, 3, 8, 128), True, both, both)
+    return Plan(Launch(128, 64, 4, 3, 8), False, Launch(64, 64, 4, 2, 8), Launch(64, 64, 4, 2, 8, 168))
 
 
 def scale_block_attention(qkv_NB3HD: Tensor, q_scale_H: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:

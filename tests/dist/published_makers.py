@@ -43,9 +43,10 @@ def make_transformer(
     mask_layers: int = 1,
     seed: int = 0,
     device: str = "cpu",
+    std: float = 0.3,
 ) -> Tensors:
     """A file of kind `nvlabs-hmar`, `nvlabs-next-scale`, `nvlabs-masked` or `var`."""
-    make, width = Maker(seed, device), 64 * depth
+    make, width = Maker(seed, device, std), 64 * depth
     tokens = sum(p * p for p in patch_nums)
     make.put("pos_start", 1, 1, width)
     make.put("pos_1LC", 1, tokens, width)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,43 @@ def tiny_export(folder: Path, stage: str = "masked", pattern: str = "block_diago
     """A tiny random model and tokenizer as an exported model."""
     config = tiny_config(stage, pattern)
     return write_export(folder, config, tiny_hmar(config), tiny_tokenizer(config))
+
+
+def _write_step(run: Path, step: int, config: Config, weights: HMAR, average: HMAR | None, **state: Any) -> None:
+    """A checkpoint of one process; the average, where there is one, is that of the mask branch, as in stage 2."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    tensors, entries = {}, []
+    stored = [("weight", name, p) for name, p in weights.named_parameters()]
+    if average is not None:
+        stored += [("ema", name, p) for name, p in average.named_parameters() if name.startswith("mask_")]
+    for kind, name, parameter in stored:
+        shape, key = list(parameter.shape), f"{kind}/{name}/0"
+        tensors[key] = parameter.detach().flatten().contiguous()
+        entries.append(
+            {"name": name, "kind": kind, "file": "rank-00000.safetensors", "key": key, "global_shape": shape,
+             "offset": [0] * len(shape), "shape": shape, "start": 0, "stop": parameter.numel()}
+        )  # fmt: skip
+    save_file(tensors, folder / "rank-00000.safetensors")
+    (folder / "index.json").write_text(json.dumps({"format": 1, "entries": entries}))
+    about = {"step": step, "last_step": 20, "config": config.model_dump(mode="json"), **state}
+    (folder / "state.json").write_text(json.dumps(about))
+    (run / "checkpoints" / "latest").write_text(f"{folder.name}\n")
+
+
+def write_run(folder: Path, **model: object) -> Path:
+    """A run of stage 2: step 10 without a moving average, `best`; step 20, finished, with one; and its tokenizer."""
+    config = tiny_config(**model)
+    tokenizer = tiny_tokenizer(config)
+    tokenizer.save(folder / "vae")
+    own = config.tokenizer.model_copy(update={"path": str(folder / "vae")})
+    config = config.model_copy(update={"tokenizer": own})
+    state = {"tokenizer_fingerprint": tokenizer.fingerprint, "classes": ["ant", "bee", "cow", "dog", "wasp"]}
+    run = folder / "run"
+    _write_step(run, 10, config, tiny_hmar(config, seed=1), None, finished=False, **state)
+    _write_step(run, 20, config, tiny_hmar(config), tiny_hmar(config, seed=2), finished=True, **state)
+    (run / "checkpoints" / "best").write_text("step-00000010\n")
+    return run
 
 
 def random_tokens(batch: int, seed: int = 0, schedule: ScaleSchedule = SCHEDULE, vocabulary: int = V) -> Tensor:

@@ -249,7 +249,7 @@ def test_the_edit_command_outpaints_and_says_what_it_did(
     assert "the image of 48×24 px was resized to 28×14 px and cut off 16 px left" in said
     assert "the image lies at x 0…11, y 2…15 of 16×16 px" in said
     assert f"{256 - 12 * 14} of 256 pixels generated anew" in said
-    assert "kept pixels as the tokenizer gives them: PSNR" in said
+    assert "kept pixels as they were decoded: PSNR" in said
     assert "put back as they were" in said
     with Image.open(tmp_path / "out.png") as grid:
         assert grid.size == (2 * 18 - 2, 16)

@@ -20,6 +20,7 @@ import torch
 import yaml
 from helpers import PATCH_NUMS, tiny_config, tiny_hmar, tiny_tokenizer, write_export
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 from hmar_mega import __version__
 from hmar_mega.cli import build_parser, main, parse
@@ -566,6 +567,18 @@ def test_help_of_every_command_ends_with_an_example_that_runs(workplace, name):
         assert argv[: len(name)] == list(name)
         if hasattr(args, "overrides"):
             load_config(args.config, args.overrides)
+
+
+def test_torchrun_hands_on_the_options_of_every_example():
+    """It reads what stands behind the module's name too, and refuses what could be short for two of its own options."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    lines = [line for text in (readme, *COMMANDS.values()) for line in text.splitlines() if "-m hmar_mega" in line]
+    shown = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("torchrun ")]
+    assert len(shown) >= 5
+    for _, *words in shown:
+        read = get_args_parser().parse_args(words)
+        assert read.training_script == "hmar_mega"
+        assert read.training_script_args == words[words.index("hmar_mega") + 1 :]
 
 
 def test_general_help_lists_the_commands_with_an_example(workplace):

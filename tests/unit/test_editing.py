@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_config, tiny_export, tiny_hmar, tiny_tokenizer
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from hmar_mega.cli import main
 from hmar_mega.errors import UserError
-from hmar_mega.inference import ImageModel, edit_images, load_model
-from hmar_mega.inference.editing import kept_tokens
+from hmar_mega.inference import ImageModel, commands, edit_images, load_model
+from hmar_mega.inference.editing import Edit, edit, kept_tokens
 from hmar_mega.inference.grid import GridSampler
 from hmar_mega.scales import ScaleSchedule
 
@@ -146,11 +148,13 @@ def test_the_sample_command_draws_a_row_a_class(folder: Path, tmp_path: Path, ca
     assert main([*arguments, str(tmp_path / "grid.png")]) == 0
     assert main([*arguments, str(tmp_path / "again.png")]) == 0
     assert main([*arguments, str(tmp_path / "other.png"), "--seed", "9"]) == 0
+    assert main([*arguments, str(tmp_path / "guided.png"), "--mask-cfg", "9"]) == 0
     assert "6 images of 2 classes" in capsys.readouterr().out
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.width / grid.height == pytest.approx(3 / 2, rel=0.05)
     assert (tmp_path / "grid.png").read_bytes() == (tmp_path / "again.png").read_bytes()
-    assert (tmp_path / "grid.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+    for other in ("other.png", "guided.png"):
+        assert (tmp_path / "grid.png").read_bytes() != (tmp_path / other).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -160,6 +164,7 @@ def test_the_sample_command_draws_a_row_a_class(folder: Path, tmp_path: Path, ca
         (["--classes", "7"], "class 7 is out of range"),
         (["--classes", "0", "--count", "0"], "at least 1 image"),
         (["--classes", "0", "--top-p", "2"], "top_p=2"),
+        (["--classes", "0", "--mask-cfg", "1,2"], "mask_cfg has 2 numbers for 3 scales"),
     ],
 )
 def test_the_sample_command_refuses_before_it_writes(
@@ -181,6 +186,30 @@ def test_the_edit_command_keeps_what_is_black(folder: Path, tmp_path: Path, caps
     (tmp_path / "mask.png").write_text("no image")
     assert main([*arguments, "--class", "2", "--device", "cpu", "--out", str(tmp_path / "second.png")]) == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+def test_many_versions_are_made_batch_by_batch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    sizes: list[int] = []
+
+    def watched(model: ImageModel, images: Tensor, *rest: Any, **options: Any) -> Edit:
+        sizes.append(len(images))
+        return edit(model, images, *rest, **options)
+
+    Image.fromarray((pictures(1)[0] * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
+    arguments = ["edit", str(folder), str(tmp_path / "image.png"), "--box", "8,0,16,16", "--class", "2"]
+    arguments += ["--count", "11", "--device", "cpu", "--seed", "3", "--out"]
+    assert main([*arguments, str(tmp_path / "once.png")]) == 0
+    monkeypatch.setattr(commands, "edit", watched)
+    monkeypatch.setattr(commands, "BATCH", 4)
+    assert main([*arguments, str(tmp_path / "often.png")]) == 0
+    assert sizes == [4, 4, 3]
+    once, often = capsys.readouterr().out.replace("often", "once").splitlines()[1::2]
+    assert once == often
+    with Image.open(tmp_path / "once.png") as first, Image.open(tmp_path / "often.png") as second:
+        assert first.size == (8 * 18 - 2, 2 * 18 - 2)
+        assert np.abs(np.asarray(first, dtype=int) - np.asarray(second, dtype=int)).max() <= 1
 
 
 @pytest.mark.parametrize("stage", ["next_scale", "masked"])

@@ -92,7 +92,7 @@ def test_the_exported_settings_say_what_was_trained_and_how_to_sample(trained: t
     assert settings["mask_input"] == "leak_free"
     assert settings["classes"] == ["a", "b", "c", "d", "e"]
     assert settings["sampling"] == {
-        "cfg_scale": 1.5, "top_k": 0, "top_p": 0.9, "mask_cfg": 0.0, "mask_schedule": [list(p) for p in PASSES],
+        "cfg_scale": 1.5, "top_k": 0, "top_p": 0.9, "mask_cfg_ratio": 0.0, "mask_schedule": [list(p) for p in PASSES],
     }  # fmt: skip
     assert settings["trained"] == {"step": 20, "images_seen": 640, "revision": "abc", "versions": {"torch": "2"}}
 

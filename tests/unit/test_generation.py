@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import logging
@@ -269,6 +270,37 @@ def test_other_settings_or_another_model_are_refused(
     assert model_digest(half) != model_digest(model)
 
 
+def test_the_part_that_comes_second_at_the_same_moment_compares(
+    generate: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
+):
+    """Both have seen that there is no plan; what the first wrote stays, and only the same settings go on."""
+    first, same, other = generate(), generate(), generate(seed=8)
+    first._agree_on_plan()
+    written = (first.out / "plan.json").read_bytes()
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: path.name != "plan.json" and exists(path))
+    monkeypatch.setattr(Generation, "_visible", lambda _: [])
+    same._agree_on_plan()
+    with pytest.raises(UserError, match="is of another generation: seeds was"):
+        other._agree_on_plan()
+    assert (first.out / "plan.json").read_bytes() == written
+    assert [path.name for path in first.out.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_is_written_where_there_are_no_hard_links(
+    generate: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def unable(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unable)
+    generate()._agree_on_plan()
+    assert "has no hard links" in caplog.text
+    with pytest.raises(UserError, match="is of another generation"):
+        generate(seed=8)._agree_on_plan()
+    assert [path.name for path in generate().out.iterdir()] == ["plan.json"]
+
+
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -320,6 +352,16 @@ def test_the_command_shares_by_part_and_says_what_is_there(
     assert f"9 images in {tmp_path / 'parts' / 'samples.npz'}" in said
     plan = json.loads((tmp_path / "parts" / "plan.json").read_text())
     assert (plan["num"], plan["chunk_size"], plan["cfg_scale"]) == (9, 2, 1.5)
+
+
+def test_shards_take_the_class_names_given(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "names.txt").write_text("ant\nbee\ncow\ndog\nwasp\n")
+    arguments = ["sample", str(folder), "--num", "3", "--device", "cpu", "--format", "shards"]
+    arguments += ["--out", str(tmp_path / "out")]
+    assert main([*arguments, "--class-names", str(tmp_path / "names.txt"), "--classes", "cow"]) == 0
+    assert read_index(tmp_path / "out" / "shards").classes == ("ant", "bee", "cow", "dog", "wasp")
+    assert main([*arguments, "--classes", "2"]) == 2
+    assert "is of another generation: class_names was" in capsys.readouterr().err
 
 
 def test_num_takes_the_classes_given(folder: Path, tmp_path: Path):

@@ -227,11 +227,30 @@ def test_settings_given_are_settings_used(model: ImageModel):
     plain = model.generate([1, 2], seed=1)
     own = model.generate([1, 2], seed=1, cfg_scale=1.5, top_k=0, top_p=0.9, mask_schedule=PASSES, mask_cfg=0.0)
     assert torch.equal(own, plain)
-    for change in ({"cfg_scale": 4.0}, {"top_k": 1}, {"top_p": 0.2}, {"mask_schedule": SINGLE}, {"mask_cfg": 3.0}):
+    for change in (
+        {"cfg_scale": 4.0}, {"top_k": 1}, {"top_p": 0.2}, {"mask_schedule": SINGLE}, {"mask_cfg": 3.0},
+        {"mask_cfg": [0, 0, 3]},
+    ):  # fmt: skip
         assert not torch.equal(model.generate([1, 2], seed=1, **change), plain), change
     assert torch.equal(model.generate([1, 2], seed=1, mask_schedule=[[1], [1, 3], [4, 5, 7]]), plain)
     shorter = model.generate([1, 2], seed=1, mask_schedule=[[1], [1, 3]])
     assert torch.equal(shorter, model.generate([1, 2], seed=1, mask_schedule=[[1], [1, 3], [16]]))
+
+
+def test_the_guidance_of_mask_passes_follows_the_guidance_given(damaged: Callable[..., Path]):
+    own = {"cfg_scale": 1.5, "top_k": 0, "top_p": 0.9, "mask_schedule": [list(e) for e in PASSES]}
+
+    def loaded(**mask_cfg: float) -> ImageModel:
+        return load_model(damaged(sampling={**own, **mask_cfg}), "cpu")
+
+    imported = loaded(mask_cfg_ratio=1e-6)
+    assert imported.sample_settings().mask_cfg == pytest.approx(1.5e-6)
+    assert imported.sample_settings(4.0).mask_cfg == pytest.approx(4e-6)
+    assert imported.sample_settings([0, 1, 2]).mask_cfg == pytest.approx((0, 1e-6, 2e-6))
+    assert imported.sample_settings(4.0, mask_cfg=[0, 0, 0.5]).mask_cfg == (0, 0, 0.5)
+    assert loaded(mask_cfg=1.5e-6).sample_settings(4.0).mask_cfg == pytest.approx(4e-6)  # exports without the ratio
+    for new in (loaded(mask_cfg=0.0), loaded(mask_cfg_ratio=0.0)):
+        assert new.sample_settings(4.0).mask_cfg == 0.0
 
 
 def test_settings_are_handed_on_to_the_sampler(model: ImageModel):
@@ -254,6 +273,8 @@ def test_a_model_without_masks_takes_one_pass_a_scale(without_masks: ImageModel)
     assert without_masks.generate([0]).shape == (1, 3, 16, 16)
     with pytest.raises(UserError, match="no mask branch"):
         without_masks.generate([0], mask_schedule=[[1], [1, 3]])
+    with pytest.raises(UserError, match=r"mask_cfg=0\.5 guides nothing"):
+        without_masks.generate([0], mask_cfg=0.5)
 
 
 def test_a_block_causal_model_generates_whatever_the_batch(tmp_path: Path):

@@ -2,59 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_export, tiny_hmar, tiny_tokenizer
-from safetensors.torch import save_file
+from helpers import tiny_config, tiny_export, tiny_hmar, tiny_tokenizer, write_run
 
 from hmar_mega.checkpoint.export import export_run
 from hmar_mega.cli import main
-from hmar_mega.config import Config
 from hmar_mega.errors import UserError
 from hmar_mega.inference import load_model, open_model
-from hmar_mega.model.hmar import HMAR
-
-
-def write_step(run: Path, step: int, config: Config, weights: HMAR, average: HMAR | None, **state: Any) -> None:
-    """A checkpoint of one process; the average, where there is one, is that of the mask branch, as in stage 2."""
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    tensors, entries = {}, []
-    stored = [("weight", name, p) for name, p in weights.named_parameters()]
-    if average is not None:
-        stored += [("ema", name, p) for name, p in average.named_parameters() if name.startswith("mask_")]
-    for kind, name, parameter in stored:
-        shape, key = list(parameter.shape), f"{kind}/{name}/0"
-        tensors[key] = parameter.detach().flatten().contiguous()
-        entries.append(
-            {"name": name, "kind": kind, "file": "rank-00000.safetensors", "key": key, "global_shape": shape,
-             "offset": [0] * len(shape), "shape": shape, "start": 0, "stop": parameter.numel()}
-        )  # fmt: skip
-    save_file(tensors, folder / "rank-00000.safetensors")
-    (folder / "index.json").write_text(json.dumps({"format": 1, "entries": entries}))
-    about = {"step": step, "last_step": 20, "config": config.model_dump(mode="json"), **state}
-    (folder / "state.json").write_text(json.dumps(about))
-    (run / "checkpoints" / "latest").write_text(f"{folder.name}\n")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Step 10 without a moving average, `best`; step 20, finished, with one."""
-    config = tiny_config()
-    tokenizer = tiny_tokenizer(config)
-    tokenizer.save(tmp_path / "vae")
-    own = config.tokenizer.model_copy(update={"path": str(tmp_path / "vae")})
-    config = config.model_copy(update={"tokenizer": own})
-    state = {"tokenizer_fingerprint": tokenizer.fingerprint, "classes": ["ant", "bee", "cow", "dog", "wasp"]}
-    write_step(tmp_path / "run", 10, config, tiny_hmar(config, seed=1), None, finished=False, **state)
-    write_step(tmp_path / "run", 20, config, tiny_hmar(config), tiny_hmar(config, seed=2), finished=True, **state)
-    (tmp_path / "run" / "checkpoints" / "best").write_text("step-00000010\n")
-    return tmp_path / "run"
+    return write_run(tmp_path)
 
 
 @pytest.mark.parametrize("ema", [False, True])

@@ -300,7 +300,7 @@ def test_imported_models_sample_as_they_were_evaluated(depth: int, cfg: float, t
     model = Model(Path("hmar.pth"), tensors, shape, shape.patch_nums, "block_diagonal", "nvlabs-hmar", "block_diagonal")
     settings = our_settings(model, 16, "f")
     assert settings["sampling"] == {
-        "cfg_scale": cfg, "top_k": top_k, "top_p": 0.99, "mask_cfg": pytest.approx(cfg * 1e-6),
+        "cfg_scale": cfg, "top_k": top_k, "top_p": 0.99, "mask_cfg_ratio": 1e-6,
         "mask_schedule": [[1], [1, 3], [1, 1, 2, 5], *[[p * p] for p in PATCH_NUMS[256][3:]]],
     }  # fmt: skip
     assert settings["mask_input"] == "reference"
@@ -378,9 +378,9 @@ BAD: dict[str, tuple[Callable[[Tensors], None], list[str]]] = {
     "mask": (changed("attn_bias_for_masking", torch.zeros_like), ["neither the block-diagonal"]),
     "nan": (
         changed("base_blocks.0.attn.proj.weight", lambda t: t.index_fill_(0, torch.tensor(3), torch.nan)),
-        ["NaN or infinite", "1 tensors: blocks.0.attn.proj.weight"],
+        ["NaN or infinite", "1 tensors: base_blocks.0.attn.proj.weight"],
     ),
-    "infinite": (changed("pos_1LC", lambda t: t / 0), ["pos_embed"]),
+    "infinite": (changed("pos_1LC", lambda t: t / 0), ["1 tensors: pos_1LC;"]),
 }
 
 

@@ -367,6 +367,7 @@ def test_what_was_kept_stays_kept_and_is_the_most_confident(spied: Callable[[HMA
     [
         ("block_diagonal", 1.5, 0.0, [3, 6, 3, 6, 3, 3]),  # no guidance at the first scale, nor in mask passes
         ("block_diagonal", 1.5, 0.5, [3, 6, 6, 6, 6, 6]),
+        ("block_diagonal", 1.5, (0.0, 0.0, 0.5), [3, 6, 3, 6, 6, 6]),
         ("block_diagonal", 0.0, 0.5, [3, 3, 6, 3, 6, 6]),
         ("block_diagonal", 0.0, 0.0, [3, 3, 3, 3, 3, 3]),
         ("block_causal", 1.5, 0.0, [6, 6, 6]),  # the cache needs both halves from the first scale on
@@ -374,7 +375,7 @@ def test_what_was_kept_stays_kept_and_is_the_most_confident(spied: Callable[[HMA
     ],
 )
 def test_the_unconditional_half_is_run_only_where_it_counts(
-    spied: Callable[[HMAR], Spy], pattern: str, cfg_scale: float, mask_cfg: float, rows: list[int]
+    spied: Callable[[HMAR], Spy], pattern: str, cfg_scale: float, mask_cfg: float | tuple[float, ...], rows: list[int]
 ):
     stage = "masked" if len(rows) == 6 else "next_scale"
     model = tiny_hmar(tiny_config(stage, pattern))
