@@ -18,6 +18,7 @@ from hmar_mega.checkpoint.sources import EMA
 from hmar_mega.config import Config
 from hmar_mega.errors import UserError
 from hmar_mega.micro_batches import micro_batch_size
+from hmar_mega.model.graphs import attach_graphs
 from hmar_mega.model.hmar import decays
 from hmar_mega.objective import Objective, Scores, TokenBatch
 from hmar_mega.parallel import zero
@@ -92,6 +93,7 @@ class Engine:
         self.ema_decay = config.optim.ema_decay
         if self.ema_decay:  # of the float32 masters this process owns, one tensor for each of DeepSpeed's flat ones
             self._ema = [flat.detach().clone() for flat in zero.flat_masters(self.zero)]
+        attach_graphs(model, config, dims.device.type, dims.data_parallel)
         self._pipeline = None
         if isinstance(model, PipelineModel):
             dtype = COMPUTE_DTYPES[config.precision.compute]
