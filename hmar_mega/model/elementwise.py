@@ -60,6 +60,11 @@ def bias_gelu(x: Tensor, bias_C: Tensor | None) -> Tensor:
     return F.gelu(x if bias_C is None else x + bias_C, approximate="tanh")
 
 
+def shortened(x: Tensor, length: int) -> Tensor:
+    """The first `length` rows; x itself where it has no more, since the gradient of a slice is a copy."""
+    return x if x.shape[0] == length else x[:length]
+
+
 @contextmanager
 def recomputed(value: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
     """Within: an operation that keeps the whole of `value` for its gradient keeps `compute` instead.

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.config import ModelConfig
 from hmar_mega.model.attention import Attend, Backend, SequenceAttention
-from hmar_mega.model.elementwise import modulated_norm
+from hmar_mega.model.elementwise import modulated_norm, shortened
 from hmar_mega.model.graphs import BlockGraphs
 from hmar_mega.model.initialize import Initializer
 from hmar_mega.model.layer import Attention, Block, FeedForward
@@ -315,7 +315,7 @@ class HMAR(nn.Module):
     def leave(self, hidden: Hidden, branch: Branch, length: int, targets_NB: Tensor | None = None) -> Tensor:
         """The head of `branch` on the last layer's output; see `Head.forward`."""
         head = self.mask_head if branch == "masked" else self.head
-        return head(hidden.x, hidden.cond, targets_NB)[:length]
+        return shortened(head(hidden.x, hidden.cond, targets_NB), length)
 
     @property
     def extra_rows(self) -> int:

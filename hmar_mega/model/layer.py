@@ -24,6 +24,7 @@ from hmar_mega.model.elementwise import (
     gated_residual_norm,
     modulated_norm,
     recomputed,
+    shortened,
 )
 from hmar_mega.model.initialize import Initializer
 from hmar_mega.model.layers_torch import Layers
@@ -54,7 +55,7 @@ class Attention(nn.Module):
             length: real tokens of the whole sequence; padding behind them attends to nothing and is attended by none.
         """
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = self.qkv(x_NBC, bias)[:length].unflatten(-1, (3, self.local_heads, self.head_dim))
+        qkv = shortened(self.qkv(x_NBC, bias), length).unflatten(-1, (3, self.local_heads, self.head_dim))
         if self.recompute and torch.is_grad_enabled() and attend.keeps_copies(qkv):
             out = checkpoint(attend, self.name, qkv, self.q_scale(), use_reentrant=False, preserve_rng_state=False)
         else:
