@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from hmar_mega.config import ModelConfig
 from hmar_mega.model.attention import Attend, Backend, SequenceAttention
 from hmar_mega.model.cross_entropy import fused_cross_entropy, takes_fused
+from hmar_mega.model.elementwise import modulated_norm
 from hmar_mega.model.initialize import Initializer
-from hmar_mega.model.layer import Attention, Block, modulated_norm
+from hmar_mega.model.layer import Attention, Block
 from hmar_mega.model.layers_torch import Layers, TorchLayers
 from hmar_mega.model.stage import Stage
 from hmar_mega.scales import ScaleSchedule

@@ -26,7 +26,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from hmar_mega.config_precision import FP8_ROWS, PrecisionConfig
 from hmar_mega.model.fp8_scaling import Fp8Scaling, quiet
 from hmar_mega.model.initialize import Fill
-from hmar_mega.model.layers_mcore import McoreLayers, sum_gradients
+from hmar_mega.model.layers_mcore import McoreLayers, kept, sum_gradients
 
 
 class _Measured:
@@ -50,19 +50,22 @@ class _Measured:
 class _Column(_Measured, TEColumnParallelLinear):
     """mcore's column-parallel TE linear, returning the output alone."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, *, apart: bool = False) -> Any:
         out: Tensor = TEColumnParallelLinear.forward(self, x)[0]
         self.measure(x, out)
-        return out
+        if apart:
+            return out, None  # TE's product has added it
+        return out if bias is None else out + bias
 
 
 class _Row(_Measured, TERowParallelLinear):
     """mcore's row-parallel TE linear, returning the output alone; the bias is added as `layers_mcore` adds it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        out, bias = TERowParallelLinear.forward(self, x)
+    def forward(self, x: Tensor, bias: Tensor | None = None, *, apart: bool = False) -> Any:
+        out, own = TERowParallelLinear.forward(self, x)
         self.measure(x, out)
-        return out + (sum_gradients(bias) if self.sequence_parallel else bias)
+        own = sum_gradients(own) if self.sequence_parallel else kept(own)
+        return (out, own) if apart else out + own
 
 
 @torch.no_grad()
