@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +27,26 @@ TOLERANCE = {
 
 #: Largest error of the scale's gradient, relative to the root of the summed squares of its rows' terms.
 SCALE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
+
+
+def mend_interpreter() -> None:
+    """Let Triton 3.6's interpreter read loop bounds from memory under NumPy 2.4.
+
+    It keeps a scalar as an array of one element, which NumPy no longer takes for a number.
+    """
+    from triton.runtime import interpreter
+
+    theirs = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        theirs(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    mend_interpreter()
 
 
 @contextmanager
@@ -58,7 +81,8 @@ def attention_errors(
     with poisoned_memory():
         out = scale_block_attention(qkv, q_scale, schedule, pattern, backend)  # type: ignore[arg-type]
         d_qkv, d_scale = torch.autograd.grad(out, (qkv, q_scale), incoming)
-    assert out.dtype == d_qkv.dtype == dtype and d_scale.dtype == torch.float32
+    assert out.dtype == d_qkv.dtype == dtype
+    assert d_scale.dtype == torch.float32
 
     exact, exact_scale = qkv.detach().double().requires_grad_(), q_scale.detach().double().requires_grad_()
     dense = "reference" if tokens < 4000 else "sdpa"  # one dense mask, or one dense matrix a scale
