@@ -159,6 +159,9 @@ def _chosen_rows(args: argparse.Namespace, parser: argparse.ArgumentParser) -> l
     patterns = choices(args.pattern, get_args(Pattern), "--pattern", parser)
     args.backends = choices(args.backends, get_args(Backend), "--backends", parser)
     args.rivals = choices(args.rivals, list(RIVALS), "--rivals", parser)
+    names = [*args.rivals, *(path.name for path in args.external)]
+    if len(set(names)) < len(names):
+        parser.error(f"two rivals of one name among {', '.join(names)}; rename a file of --external")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --device cpu --shapes tiny shows whether the script works")
     rows = [row for row in ROWS if row.shape in shapes and row.pattern in patterns]
@@ -226,7 +229,7 @@ def measure_row(problem: Problem, clock: Clock, args: argparse.Namespace) -> Ite
     inputs = make_inputs(problem)
     truth = reference(problem, inputs)
     builders = {name: RIVALS[name] for name in args.rivals}
-    builders |= {path.stem: external(path.resolve()) for path in args.external}
+    builders |= {path.name: external(path.resolve()) for path in args.external}
     eager = args.eager_normalisation or not clock.cuda
     normalise = normalised if eager else compiled_normalised()
     contenders = [(name, "ours") for name in args.backends] + [(name, "rival") for name in builders]
@@ -284,7 +287,8 @@ def time_alone(rival: Rival, inputs: Inputs, clock: Clock) -> dict[str, Timing]:
     with torch.no_grad():
         arranged = rival.arrange(*normalised(inputs[0], inputs[1], rival.order))
         leaves = tuple(x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in arranged)
-        grads = tuple(torch.randn_like(out) for out in rival.attend(*leaves))
+    # with gradients, as it was called before: a compiled rival would be compiled once more for calls without
+    grads = tuple(torch.randn_like(out) for out in rival.attend(*leaves))
     return times(rival.attend, leaves, grads, clock)
 
 

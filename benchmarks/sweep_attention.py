@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,12 +87,12 @@ def measure(row: str, group: int, warm: tuple[int, int] | None) -> list[dict[str
             if warm is not None:
                 continue
             if name.startswith("F"):
-                call = lambda: kernels._forward(qkv, scale, list(schedule.patch_nums), causal)  # noqa: E731
+                call = partial(kernels._forward, qkv, scale, list(schedule.patch_nums), causal)
             else:
                 parts = kernels._backward_launches(plan)
                 wanted = {"both": parts, "keys": parts[:1], "queries": parts[-1:]}[name.split()[1]]
                 kernels._backward_launches = lambda _, wanted=wanted: wanted
-                call = lambda: kernels._backward(*arguments)  # noqa: E731
+                call = partial(kernels._backward, *arguments)
             ms = do_bench(call, warmup=20, rep=60, return_mode="median")
             found.append({"row": row, "group": group, "name": name, "ms": ms, "error": error})
         except Exception as problem:  # a configuration that does not fit the machine is a result
@@ -106,6 +107,7 @@ ORIGINAL = kernels._backward_launches
 
 
 def main() -> None:
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--groups", default="8")

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fp8", help="precision.fp8 of ours")
     parser.add_argument("--recompute", help="parallel.recompute of ours")
     parser.add_argument("--backend", help="model.attention.backend of ours")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of ours")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting, of both")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: %(default)s)")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="then trace three steps into DIR")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one process (default: %(default)s)")
@@ -103,10 +103,11 @@ def run_worker(model: str, who: str, args: argparse.Namespace, parser: argparse.
     asked = {
         "precision.fp8": args.fp8, "parallel.recompute": args.recompute, "model.attention.backend": args.backend,
     }  # fmt: skip
-    own = [f"{key}={value}" for key, value in asked.items() if value is not None] + args.set
+    own = [f"{key}={value}" for key, value in asked.items() if value is not None] if who == "ours" else []
+    own += args.set
     overrides = [
         *(TINY if args.tiny else []), f"data.global_batch_size={size * args.micro_batches}",
-        f"data.micro_batch_size={size}", *(own if who == "ours" else []),
+        f"data.micro_batch_size={size}", *own,
     ]  # fmt: skip
     settings = {
         "name": f"train/{name}", "overrides": overrides, "who": who, "steps": args.steps,

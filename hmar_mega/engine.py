@@ -18,6 +18,7 @@ from hmar_mega.checkpoint.sources import EMA
 from hmar_mega.config import Config
 from hmar_mega.errors import UserError
 from hmar_mega.micro_batches import micro_batch_size
+from hmar_mega.model.graphs import attach_graphs
 from hmar_mega.model.hmar import decays
 from hmar_mega.objective import Objective, Scores, TokenBatch
 from hmar_mega.parallel import zero
@@ -92,6 +93,7 @@ class Engine:
         self.ema_decay = config.optim.ema_decay
         if self.ema_decay:  # of the float32 masters this process owns, one tensor for each of DeepSpeed's flat ones
             self._ema = [flat.detach().clone() for flat in zero.flat_masters(self.zero)]
+        attach_graphs(model, config, dims.device.type, dims.data_parallel)
         self._pipeline = None
         if isinstance(model, PipelineModel):
             dtype = COMPUTE_DTYPES[config.precision.compute]
@@ -192,15 +194,19 @@ class Engine:
             for key in LOSS_SCALER_STATE:
                 setattr(scaler, key, state[key])
 
-    @contextlib.contextmanager
-    def tables(self) -> Iterator[None]:
+    def tables(self) -> contextlib.AbstractContextManager[None]:
         """Make parameters that the model reads outside its forward (positions, levels) whole; collective in ZeRO-3."""
+        return self.whole(list(self.model.parameters(recurse=False)))
+
+    @contextlib.contextmanager
+    def whole(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Make parameters readable outside their modules' forward; collective in ZeRO-3."""
         if self.zero_stage < 3:
             yield
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.model.parameters(recurse=False))):
+        with deepspeed.zero.GatheredParameters(parameters):
             yield
 
     def _restore_exact(self, exact: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:

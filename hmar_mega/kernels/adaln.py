@@ -1,4 +1,4 @@
-"""The block's elementwise work in one pass each, forward and backward: gate, residual, LayerNorm, modulation; bias, GELU.
+"""The block's elementwise work in one pass each way: gate, residual, LayerNorm and modulation; bias and GELU.
 
     x' = x + γ·(y + bias);   h = LN(x')·(1 + scale) + shift          (SPEC §3)
 
@@ -72,8 +72,8 @@ def adaln_backward_kernel(
 ):  # fmt: skip
     """Positions [chunk·per_program, …) of one sample.
 
-    sums (4, chunks, B, C) float32: over the positions, of d_x'·(y + bias), d_x', d_out·unit and d_out, whose names are
-    the gradients of γ, of bias before its factor γ, of scale and of shift. dx is d_x' where GATE and NORM, else LN's own.
+    sums (4, chunks, B, C) float32: over the positions, of d_x'·(y + bias), d_x', d_out·unit and d_out; that is, the
+    gradients of γ, of bias but for its factor γ, of scale and of shift. dx is the gradient of x and, where GATE, of x'.
     """
     sample, chunk = tl.program_id(0) % batch, tl.program_id(0) // batch
     columns = tl.arange(0, BLOCK_C)

@@ -59,8 +59,8 @@ def place(pid, num_tiles, heads, HEAD_GROUP: tl.constexpr):
 
 @triton.jit
 def attend_keys(
-    acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_norm, line, shift, begin, end, seen_low, seen_high,
-    MASKED: tl.constexpr, RUNNING: tl.constexpr, INLINE_NORM: tl.constexpr, BLOCK_J: tl.constexpr,
+    acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_norm, line, shift, begin, end, seen_low,
+    seen_high, MASKED: tl.constexpr, RUNNING: tl.constexpr, INLINE_NORM: tl.constexpr, BLOCK_J: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the keys of [begin, end) to the accumulators; `maximum` (M,) is in base 2, moved only where RUNNING."""

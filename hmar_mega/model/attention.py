@@ -35,20 +35,23 @@ def scale_block_attention(
         q_scale_H: (H,) linear scale of the normalised queries, exp(min(a, ln 100)).
         schedule: the scales; N must be its number of tokens.
         pattern: which scales a token sees.
-        backend: `reference` (dense mask, any device, the truth in tests), `sdpa` (one fused call a scale), `triton` (own
-            kernels, GPU), `te` (Transformer Engine, one variable-length call), `te_fp8` (its larger scales in FP8) or
-            `auto`, the fastest that takes the inputs.
+        backend: `reference` (dense mask, any device, the truth in tests), `sdpa` (one fused call a scale), `triton`
+            (own kernels, GPU), `te` (Transformer Engine, one variable-length call), `te_fp8` (its larger scales in
+            FP8) or `auto`, the fastest that takes the inputs.
 
     Returns:
         (N, B, H·D) in the dtype of `qkv`.
     """
     if qkv_NB3HD.shape[0] != schedule.num_tokens:
         raise ValueError(f"qkv has {qkv_NB3HD.shape[0]} positions, the schedule {schedule.num_tokens}")
-    if backend == "auto":
-        chosen = _choose(qkv_NB3HD.device.type, qkv_NB3HD.dtype, qkv_NB3HD.shape[-1])
-    else:
-        chosen = backend
-    return _BACKENDS[chosen](qkv_NB3HD, q_scale_H, schedule, pattern)
+    return _BACKENDS[chosen_backend(qkv_NB3HD, backend)](qkv_NB3HD, q_scale_H, schedule, pattern)
+
+
+def chosen_backend(qkv_NB3HD: Tensor, backend: Backend) -> str:
+    """What `auto` takes for such inputs, or what was asked for."""
+    if backend != "auto":
+        return backend
+    return _choose(qkv_NB3HD.device.type, qkv_NB3HD.dtype, qkv_NB3HD.shape[-1])
 
 
 def split_normalised(qkv_NB3HD: Tensor, q_scale_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,18 +140,27 @@ class Attend(Protocol):
     def __call__(self, layer: str, qkv_NB3HD: Tensor, q_scale_H: Tensor) -> Tensor:
         """(N, B, 3, H, D), (H,) → (N, B, H·D); `layer` names the block, for caches."""
 
+    def keeps_copies(self, qkv_NB3HD: Tensor) -> bool:
+        """Whether more than input and output is kept for the backward pass."""
+
 
 @dataclass(frozen=True)
 class SequenceAttention:
-    """All scales at once: training and teacher forcing."""
+    """All scales at once: training and teacher forcing.
+
+    Attributes:
+        bf16_layers: layers for which `te_fp8` means `te`.
+    """
 
     schedule: ScaleSchedule
     pattern: Pattern
     backend: Backend = "auto"
+    bf16_layers: frozenset[str] = frozenset()
 
     def __call__(self, layer: str, qkv_NB3HD: Tensor, q_scale_H: Tensor) -> Tensor:
         """See `scale_block_attention`."""
-        return scale_block_attention(qkv_NB3HD, q_scale_H, self.schedule, self.pattern, self.backend)
+        backend: Backend = "te" if self.backend == "te_fp8" and layer in self.bf16_layers else self.backend
+        return scale_block_attention(qkv_NB3HD, q_scale_H, self.schedule, self.pattern, backend)
 
 
 @dataclass
@@ -167,3 +179,7 @@ class ScaleAttention:
                 k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
             self.cache[layer] = (k, v)
         return _merge_heads(F.scaled_dot_product_attention(q, k, v, scale=1.0))
+
+    def keeps_copies(self, qkv_NB3HD: Tensor) -> bool:
+        """Sampling has no backward pass."""
+        return False

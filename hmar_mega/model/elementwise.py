@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +58,31 @@ def bias_gelu(x: Tensor, bias_C: Tensor | None) -> Tensor:
 
         return BiasGelu.apply(x, bias_C)
     return F.gelu(x if bias_C is None else x + bias_C, approximate="tanh")
+
+
+@contextmanager
+def recomputed(value: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+    """Within: an operation that keeps the whole of `value` for its gradient keeps `compute` instead.
+
+    For values that are cheap to compute again from what is kept anyway: norms, activations. `compute` must not need
+    gradients; it is called once for every operation that kept the value.
+    """
+
+    def pack(kept: Tensor) -> Any:
+        same = kept.untyped_storage().data_ptr() == place and kept.numel() == size and kept.is_contiguous()
+        return (compute, kept.shape) if same else kept
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        function, shape = packed
+        with torch.no_grad():
+            again: Tensor = function().view(shape)
+        return again
+
+    place, size = value.untyped_storage().data_ptr(), value.numel()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 @cache

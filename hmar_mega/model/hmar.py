@@ -20,8 +20,9 @@ from hmar_mega.config import ModelConfig
 from hmar_mega.model.attention import Attend, Backend, SequenceAttention
 from hmar_mega.model.cross_entropy import fused_cross_entropy, takes_fused
 from hmar_mega.model.elementwise import modulated_norm
+from hmar_mega.model.graphs import BlockGraphs
 from hmar_mega.model.initialize import Initializer
-from hmar_mega.model.layer import Attention, Block
+from hmar_mega.model.layer import Attention, Block, FeedForward
 from hmar_mega.model.layers_torch import Layers, TorchLayers
 from hmar_mega.model.stage import Stage
 from hmar_mega.scales import ScaleSchedule
@@ -144,6 +145,8 @@ class HMAR(nn.Module):
         self.stage = stage if stage is not None else Stage(range(config.depth))
         self.has_mask_branch = mask_branch
         self.training_backend: Backend = config.attention.backend  #: of attention while training
+        self.bf16_attention: frozenset[str] = frozenset()  #: layers whose scales are too large for `te_fp8`
+        self.graphs: BlockGraphs | None = None  #: replays the blocks in training; the engine sets it
         self.input_tensor: Tensor | None = None  #: packed activations of the stage before; a pipeline sets it
         init = Initializer(seed, math.sqrt(1 / (3 * config.resolved_width)))
         if self.stage.first:
@@ -189,10 +192,13 @@ class HMAR(nn.Module):
             self.mask_embed = table("mask_embed", 1, width)
 
     def set_recompute(self, recompute: Recompute) -> None:
-        """Choose what the backward pass recomputes instead of keeping: nothing, attention, or whole blocks."""
+        """Choose what the backward pass recomputes instead of keeping.
+
+        `none`; `selective`: what is cheap (norms, GELU, attention that keeps copies of q and k); `full`: whole blocks.
+        """
         self.recompute = recompute
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention | FeedForward | Block):
                 module.recompute = recompute == "selective"
 
     @property
@@ -227,7 +233,7 @@ class HMAR(nn.Module):
         """
         attention, length = self.config.attention, self.schedule.num_tokens
         backend = self.training_backend if self.training else attention.backend
-        attend = SequenceAttention(self.schedule, attention.pattern, backend)
+        attend = SequenceAttention(self.schedule, attention.pattern, backend, self.bf16_attention)
         if self.stage.first:
             assert labels_B is not None
             cond = self.condition(labels_B)
@@ -297,9 +303,12 @@ class HMAR(nn.Module):
     ) -> Hidden:
         """The layers of this stage as `branch` runs them; `length` counts the real tokens of the whole sequence."""
         x, cond, shared = hidden
+        blocks = [(number, self.block(number, branch)) for number in self.stage.layers]
+        if self.graphs is not None and self.training and torch.is_grad_enabled():
+            run = self.graphs.run(branch, blocks, self.recompute == "full", attend, length, x, cond, shared, drop_path)
+            return Hidden(run, cond, shared)
         with self.layers.low_precision(self.training):
-            for number in self.stage.layers:
-                block = self.block(number, branch)
+            for number, block in blocks:
                 factors = None if drop_path is None else drop_path[number]
                 given = (x, cond, shared, attend, length, factors)
                 if self.recompute == "full" and torch.is_grad_enabled():

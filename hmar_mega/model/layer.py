@@ -7,6 +7,9 @@ Axes: N sequence, B batch, C width. γ1 γ2 s1 s2 b1 b2 are chunks of Linear(SiL
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.config import ModelConfig
 from hmar_mega.model.attention import Attend
-from hmar_mega.model.elementwise import bias_gelu, gated_residual, gated_residual_norm, modulated_norm
+from hmar_mega.model.elementwise import (
+    bias_gelu,
+    gated_residual,
+    gated_residual_norm,
+    modulated_norm,
+    recomputed,
+)
 from hmar_mega.model.initialize import Initializer
 from hmar_mega.model.layers_torch import Layers
 
@@ -29,7 +38,7 @@ class Attention(nn.Module):
         super().__init__()
         width, depth = config.resolved_width, config.depth
         self.name, self.layers = name, layers
-        self.recompute = False  #: recompute the attention itself in the backward pass
+        self.recompute = False  #: recompute the attention in the backward pass, where its backend keeps copies
         self.local_heads = config.resolved_heads // layers.tensor_parallel
         self.head_dim = config.head_dim
         self.log_scale = layers.vector(config.resolved_heads, math.log(4))
@@ -46,8 +55,8 @@ class Attention(nn.Module):
         """
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = self.qkv(x_NBC, bias)[:length].unflatten(-1, (3, self.local_heads, self.head_dim))
-        if self.recompute and torch.is_grad_enabled():
-            out = checkpoint(attend, self.name, qkv, self.q_scale(), use_reentrant=False)
+        if self.recompute and torch.is_grad_enabled() and attend.keeps_copies(qkv):
+            out = checkpoint(attend, self.name, qkv, self.q_scale(), use_reentrant=False, preserve_rng_state=False)
         else:
             out = attend(self.name, qkv, self.q_scale())
         return self.proj(self.layers.pad_sequence(out), apart=True)
@@ -63,12 +72,16 @@ class FeedForward(nn.Module):
     def __init__(self, name: str, config: ModelConfig, layers: Layers, init: Initializer) -> None:
         super().__init__()
         width, hidden = config.resolved_width, config.ffn_width
+        self.recompute = False  #: recompute GELU in the backward pass
         self.fc1 = layers.column(width, hidden, init.normal(f"{name}.fc1.weight"), bias=True, fp8=True)
         self.fc2 = layers.row(hidden, width, init.normal(f"{name}.fc2.weight", 1 / math.sqrt(2 * config.depth)))
 
     def forward(self, x_NBC: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, B, C) → (N, B, C) and the bias that is still to be added."""
-        return self.fc2(bias_gelu(*self.fc1(x_NBC, apart=True)), apart=True)
+        before, bias = self.fc1(x_NBC, apart=True)
+        hidden = bias_gelu(before, bias)
+        with _kept(hidden, self.recompute, bias_gelu, before, bias):
+            return self.fc2(hidden, apart=True)
 
 
 class Block(nn.Module):
@@ -80,6 +93,7 @@ class Block(nn.Module):
     def __init__(self, name: str, config: ModelConfig, layers: Layers, init: Initializer) -> None:
         super().__init__()
         self.layers = layers
+        self.recompute = False  #: recompute the norms in the backward pass
         self.attn = Attention(f"{name}.attn", config, layers, init)
         self.ffn = FeedForward(f"{name}.ffn", config, layers, init)
         width = config.resolved_width
@@ -119,7 +133,18 @@ class Block(nn.Module):
         if drop_path_2B is not None:
             gamma1 = gamma1 * drop_path_2B[0, :, None].to(gamma1.dtype)
             gamma2 = gamma2 * drop_path_2B[1, :, None].to(gamma2.dtype)
-        branch, bias = self.attn(modulated_norm(x_NBC, scale1, shift1), attend, length)
+        normed = modulated_norm(x_NBC, scale1, shift1)
+        with _kept(normed, self.recompute, modulated_norm, x_NBC, scale1, shift1):
+            branch, bias = self.attn(normed, attend, length)
         x_NBC, normed = gated_residual_norm(x_NBC, branch, bias, gamma1, scale2, shift2)
-        branch, bias = self.ffn(normed)
+        with _kept(normed, self.recompute, modulated_norm, x_NBC, scale2, shift2):
+            branch, bias = self.ffn(normed)
         return gated_residual(x_NBC, branch, bias, gamma2)
+
+
+def _kept(value: Tensor, again: bool, function: Callable[..., Tensor], *given: Tensor | None) -> Any:
+    """`recomputed` from `given` where `again`; else nothing."""
+    if not (again and torch.is_grad_enabled()):
+        return nullcontext()
+    fixed = [None if t is None else t.detach() for t in given]
+    return recomputed(value, lambda: function(*fixed))

@@ -183,4 +183,4 @@ class McoreLayers:
 
     def recompute(self, function: Callable[..., Any], *given: Any) -> Any:
         """torch's non-reentrant checkpointing; mcore's own needs CUDA."""
-        return checkpoint(function, *given, use_reentrant=False)
+        return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)

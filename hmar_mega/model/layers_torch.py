@@ -142,7 +142,7 @@ class TorchLayers:
 
     def recompute(self, function: Callable[..., Any], *given: Any) -> Any:
         """torch's non-reentrant checkpointing."""
-        return checkpoint(function, *given, use_reentrant=False)
+        return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Linear(nn.Linear):

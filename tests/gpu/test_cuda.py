@@ -57,6 +57,26 @@ def test_half_precision_trains_close_to_float32(inputs: Inputs, tmp_path: Path, 
     assert all(values.isfinite().all() for values in rough.tensors.values())
 
 
+@pytest.mark.parametrize("stage", ["next_scale", "masked"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_graphs_and_recomputation_change_nothing(inputs: Inputs, tmp_path: Path, stage: str, recompute: str) -> None:
+    """Blocks replayed as CUDA graphs over two micro-batches a step, with the own kernels, against kernel by kernel."""
+    settings = [
+        "model.depth=4", "model.width=64", "model.heads=2", "data.micro_batch_size=2", f"stage.name={stage}",
+        "model.drop_path_rate=0.3",
+    ]  # fmt: skip
+    if stage == "masked":
+        train_on("cuda", tiny_config(inputs, tmp_path / "first", *settings, "stage.name=next_scale"))
+        settings.append(f"run.init_from={tmp_path / 'first'}")
+    plain = train_on("cuda", tiny_config(inputs, tmp_path / "plain", *settings, "parallel.cuda_graphs=false"))
+    settings.append(f"parallel.recompute={recompute}")
+    replayed = train_on("cuda", tiny_config(inputs, tmp_path / "graphs", *settings))
+    assert replayed.losses == pytest.approx(plain.losses, rel=1e-6)
+    assert replayed.norms == pytest.approx(plain.norms, rel=1e-5)
+    for name, values in plain.tensors.items():
+        torch.testing.assert_close(replayed.tensors[name], values, atol=1e-6, rtol=0)
+
+
 def test_samples_are_those_of_the_cpu(inputs: Inputs, tmp_path: Path) -> None:
     """The random numbers of an image are the same on every device, so in float32 its pixels are."""
     train_on("cuda", tiny_config(inputs, tmp_path / "run"))

@@ -37,7 +37,8 @@ def compare(outputs: list[Tensor], given: list[Tensor], truths: list[Tensor], ex
     for gradient, truth in zip(found, wanted, strict=True):
         assert (gradient is None) == (truth is None)
         if truth is not None:
-            assert gradient is not None and gradient.dtype == outputs[0].dtype
+            assert gradient is not None
+            assert gradient.dtype == outputs[0].dtype
             assert relative(gradient, truth) <= limit
 
 

@@ -89,8 +89,8 @@ def test_attention_script_times_what_is_right_and_reports_what_is_not(tmp_path: 
         assert {name for name, c in found.items() if "whole" in c} == {"reference", "sdpa", "sdpa_dense", "sdpa_scales"}
         assert max(found["sdpa_scales"]["error"].values()) < 1e-4
         assert "CUDA" in found["flex"]["failed"]
-        assert found["wrong"]["failed"].startswith("wrong, not timed")
-        assert found["broken"]["failed"] == "failed: RuntimeError: out of memory"
+        assert found["wrong.py"]["failed"].startswith("wrong, not timed")
+        assert found["broken.py"]["failed"] == "failed: RuntimeError: out of memory"
     assert "sdpa_scales" in (tmp_path / "out.markdown").read_text()
 
 
