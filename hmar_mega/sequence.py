@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from hmar_mega.resample import area_down
 from hmar_mega.rng import Purpose, uniform
 from hmar_mega.scales import ScaleSchedule
 
@@ -57,9 +58,7 @@ def token_features(
 
 def to_positions(x_BZhw: Tensor, size: int) -> Tensor:
     """Area-downsample a feature map to size², row-major: (B, Z, h, w) → (B, size², Z)."""
-    if x_BZhw.shape[-1] != size:
-        x_BZhw = torch.nn.functional.interpolate(x_BZhw, size=(size, size), mode="area")
-    return x_BZhw.flatten(2).transpose(1, 2)
+    return area_down(x_BZhw, size).flatten(2).transpose(1, 2)
 
 
 def drop_labels(labels_B: Tensor, positions_B: Tensor, seed: int, rate: float, num_classes: int) -> Tensor:

@@ -16,20 +16,11 @@ from torch import Tensor, nn
 
 from hmar_mega.errors import UserError
 from hmar_mega.precision import exact_float32
+from hmar_mega.resample import area_down, bicubic_up
 from hmar_mega.scales import ScaleSchedule
 
 #: Rows compared with the codebook at once: bounds the (rows, V) distance matrix to 256 MB at V = 4096.
 ROWS_AT_ONCE = 16384
-
-
-def area_down(x: Tensor, size: int) -> Tensor:
-    """Average (B, Z, h, w) over areas to (B, Z, size, size); x itself when it already has that size."""
-    return x if x.shape[-2:] == (size, size) else F.interpolate(x, size=(size, size), mode="area")
-
-
-def bicubic_up(x: Tensor, size: int) -> Tensor:
-    """Enlarge (B, Z, p, p) to (B, Z, size, size), corners not aligned; x itself when it already has that size."""
-    return x if x.shape[-2:] == (size, size) else F.interpolate(x, size=(size, size), mode="bicubic")
 
 
 @dataclass(frozen=True)
@@ -131,7 +122,7 @@ class MultiScaleQuantizer(nn.Module):
         """φ_k(up(·)) of any vectors in place of a scale's codes: (B, p_k², Z) → (B, Z, h, w) float32."""
         side, grid = self.schedule.patch_nums[scale], self.schedule.grid
         with torch.autocast(codes.device.type, enabled=False), exact_float32():
-            up = bicubic_up(codes.float().transpose(1, 2).unflatten(2, (side, side)), grid)
+            up = bicubic_up(codes.transpose(1, 2).unflatten(2, (side, side)), grid)
             weight, bias = self.phi[self.phi_of_scale[scale]].parameters()
             mixed = F.conv2d(up, weight.float(), bias.float(), padding=1)
             return (1 - self.phi_ratio) * up + self.phi_ratio * mixed

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.config import ModelConfig
 from hmar_mega.model.attention import Attend, Backend, SequenceAttention
+from hmar_mega.model.cross_entropy import fused_cross_entropy, takes_fused
 from hmar_mega.model.elementwise import modulated_norm, shortened
 from hmar_mega.model.graphs import BlockGraphs
 from hmar_mega.model.initialize import Initializer
@@ -29,7 +30,7 @@ from hmar_mega.scales import ScaleSchedule
 Branch = Literal["next_scale", "masked"]
 Recompute = Literal["none", "selective", "full"]
 
-#: Float32 logits that are held at a time while cross-entropy is computed.
+#: Logits that are held at a time while cross-entropy is computed, in the format that it takes them in.
 LOGITS_CHUNK_BYTES = 2**27
 
 #: Parameters without weight decay beside 1-d ones: position, level and shared-AdaLN tables.
@@ -85,9 +86,13 @@ class Head(nn.Module):
         parts, (rows, batch) = self.layers.sequence_parts, x_nBC.shape[:2]
         targets = F.pad(targets_NB, (0, 0, 0, parts * rows - targets_NB.shape[0])).view(parts, rows, batch)
         columns = pad_to_multiple(self.vocabulary, self.layers.tensor_parallel) // self.layers.tensor_parallel
-        size = max(1, LOGITS_CHUNK_BYTES // (4 * parts * batch * columns))
+        fused = takes_fused(x_nBC.device.type, x_nBC.dtype, self.layers.tensor_parallel)
+        element = x_nBC.element_size() if fused else 4
+        size = max(1, LOGITS_CHUNK_BYTES // (element * parts * batch * columns))
 
         def chunk(x: Tensor, wanted: Tensor) -> Tensor:
+            if fused:
+                return fused_cross_entropy(self.linear(x), wanted)
             return self.layers.cross_entropy(self._logits(x), wanted)
 
         out = []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hmar_mega.errors import UserError
 from hmar_mega.scales import PATCH_NUMS, ScaleSchedule
-from hmar_mega.tokenizer.quantizer import MultiScaleQuantizer, area_down, bicubic_up
+from hmar_mega.tokenizer.quantizer import MultiScaleQuantizer
 
 V, Z = 24, 5
 SCHEDULE = ScaleSchedule((1, 2, 3, 6))
@@ -43,19 +43,6 @@ def encode_by_hand(q: MultiScaleQuantizer, f: Tensor) -> tuple[list[int], Tensor
         e = 0.5 * chosen + 0.5 * q.phi[q.schedule.phi_index()[k]](chosen)
         f_hat, residual = f_hat + e, residual - e
     return ids, f_hat
-
-
-def test_area_down_averages_and_bicubic_up_keeps_constants():
-    x = torch.arange(16.0).view(1, 1, 4, 4)
-    assert area_down(x, 2).tolist() == [[[[2.5, 4.5], [10.5, 12.5]]]]
-    assert area_down(x, 3)[0, 0, 1, 1] == x[0, 0, 1:3, 1:3].mean()
-    assert torch.allclose(bicubic_up(torch.full((1, 1, 2, 2), 3.0), 5), torch.full((1, 1, 5, 5), 3.0))
-
-
-def test_resizing_to_the_same_size_is_the_identity():
-    x = torch.randn(1, 2, 4, 4)
-    assert area_down(x, 4) is x
-    assert bicubic_up(x, 4) is x
 
 
 @torch.no_grad()
