@@ -267,7 +267,7 @@ def assumptions(report: Report) -> list[str]:
         *fp8,
         "weights, gradients and optimizer are counted exactly as DeepSpeed 0.19.8 lays them; a GPU may allocate its "
         f"{c.memory_gib:g} GiB less {c.reserved_gib:g} for CUDA and NCCL and {c.fragmentation:.0%} lost to fragments",
-        f"activations: every tensor that autograd saves, by formula; float32 logits are computed {logits}; DeepSpeed's "
+        f"activations: every tensor that autograd saves, by formula; logits are float32, {logits}; DeepSpeed's "
         f"bucket of {memory.BUCKET_ELEMENTS / 1e6:.0f} M elements is there except under bf16 with ZeRO 1",
         f"matrix products at {c.bf16_tflops:g} TFLOP/s (peak {c.bf16_peak_tflops:g}), memory at {c.memory_gb_per_s:,g} "
         "GB/s, attention at the measured times of SDPA called scale by scale, scaled with the matrix-product rate",
