@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.config import Config
@@ -23,8 +24,6 @@ log = logging.getLogger(__name__)
 #: Blocks of one graph where several data-parallel ranks share the gradients: the reduction of one run's overlaps the
 #: backward pass of the runs before it.
 BLOCKS_PER_GRAPH = 4
-
-Run = Callable[..., Tensor]
 
 
 def attach_graphs(model: Any, config: Config, device: str, data_parallel: int) -> None:
@@ -59,17 +58,52 @@ def why_not(config: Config, device: str) -> str | None:
 
 
 class _Blocks(nn.Module):
-    """A run of blocks as a function of tensors alone: what is captured. Not registered in the model."""
+    """A run of blocks as a function of tensors alone. Not registered in the model."""
 
-    def __init__(self, blocks: Sequence[tuple[int, nn.Module]], run: Callable[..., Tensor]) -> None:
+    def __init__(self, blocks: Sequence[tuple[int, nn.Module]], recompute: bool, attend: Attend, length: int) -> None:
         super().__init__()
         self.numbers = [number for number, _ in blocks]
         self.blocks = nn.ModuleList(block for _, block in blocks)
-        self.run = run
+        self.recompute, self.attend, self.length = recompute, attend, length
 
-    def forward(self, x: Tensor, cond: Tensor, *rest: Tensor) -> Tensor:
-        """x (N, B, C), cond (B, C); then the drop-path factors (depth, 2, B), then the shared modulation (B, 6, C)."""
-        return self.run(self.numbers, self.blocks, x, cond, *rest)
+    def forward(self, x: Tensor, cond: Tensor, drop_path: Tensor | None, shared: Tensor | None) -> Tensor:
+        """x (N, B, C), cond (B, C), drop-path factors (depth, 2, B), shared modulation (B, 6, C) → (N, B, C)."""
+        for number, block in zip(self.numbers, self.blocks, strict=True):
+            factors = None if drop_path is None else drop_path[number]
+            given = (x, cond, shared, self.attend, self.length, factors)
+            if self.recompute:
+                x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*given)
+        return x
+
+
+class _Captured:
+    """A captured run of blocks.
+
+    Parameters are inputs of the graph under other names for the same memory: ZeRO's hooks keep the parameters' own
+    gradient nodes on the stream where they were registered, which a capture must not wait for.
+    """
+
+    def __init__(self, run: _Blocks, x: Tensor, cond: Tensor, drop_path: Tensor | None, shared: Tensor | None) -> None:
+        names, self.parameters = zip(*run.named_parameters(), strict=True)
+        optional = [t is not None for t in (drop_path, shared)]
+
+        def function(x: Tensor, cond: Tensor, *rest: Tensor) -> Tensor:
+            waiting = list(rest)
+            given = [waiting.pop(0) if there else None for there in optional]
+            return functional_call(run, dict(zip(names, waiting, strict=True)), (x, cond, *given))
+
+        inputs = [x, cond, *(t for t in (drop_path, shared) if t is not None)]
+        samples = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+        aliases = [p.detach().requires_grad_(p.requires_grad) for p in self.parameters]
+        self.function = function
+        self.samples = (*samples, *aliases)
+        self.replay: Callable[..., Tensor] = function
+
+    def __call__(self, x: Tensor, cond: Tensor, drop_path: Tensor | None, shared: Tensor | None) -> Tensor:
+        given = [t for t in (drop_path, shared) if t is not None]
+        return self.replay(x, cond, *given, *self.parameters)
 
 
 class BlockGraphs:
@@ -81,7 +115,7 @@ class BlockGraphs:
 
     def __init__(self, blocks_per_graph: int | None) -> None:
         self.blocks_per_graph = blocks_per_graph
-        self._captured: dict[tuple[object, ...], list[Run]] = {}
+        self._captured: dict[tuple[object, ...], list[_Captured]] = {}
 
     def run(
         self,
@@ -100,44 +134,30 @@ class BlockGraphs:
         Args:
             recompute: whole blocks in the backward pass.
         """
-        given = [t for t in (drop_path, shared) if t is not None]
         key = (branch, x.shape, x.dtype, drop_path is None, x.requires_grad, cond.requires_grad)
-
-        def eager(numbers: list[int], modules: Sequence[nn.Module], x: Tensor, cond: Tensor, *rest: Tensor) -> Tensor:
-            factors = rest[0] if drop_path is not None else None
-            modulation = rest[-1] if shared is not None else None
-            for number, block in zip(numbers, modules, strict=True):
-                inputs = (x, cond, modulation, attend, length, None if factors is None else factors[number])
-                if recompute:
-                    x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    x = block(*inputs)
-            return x
-
         if key not in self._captured:
-            if any(k[0] == branch for k in self._captured):
-                return eager([n for n, _ in blocks], [b for _, b in blocks], x, cond, *given)
-            self._captured[key] = self._capture(blocks, eager, x, cond, given)
-        for replay in self._captured[key]:
-            x = replay(x, cond, *given)
+            if any(known[0] == branch for known in self._captured):
+                return _Blocks(blocks, recompute, attend, length)(x, cond, drop_path, shared)
+            size = self.blocks_per_graph or len(blocks)
+            parts = [_Blocks(blocks[i : i + size], recompute, attend, length) for i in range(0, len(blocks), size)]
+            self._captured[key] = capture(parts, x, cond, drop_path, shared)
+        for part in self._captured[key]:
+            x = part(x, cond, drop_path, shared)
         return x
 
-    def _capture(
-        self,
-        blocks: Sequence[tuple[int, nn.Module]],
-        eager: Callable[..., Tensor],
-        x: Tensor,
-        cond: Tensor,
-        given: list[Tensor],
-    ) -> list[Run]:
-        size = self.blocks_per_graph or len(blocks)
-        runs = [_Blocks(blocks[i : i + size], eager) for i in range(0, len(blocks), size)]
-        samples = []
-        for number, _ in enumerate(runs):
-            before = [p for earlier in runs[:number] for p in earlier.parameters()]
-            trained = x.requires_grad or any(p.requires_grad for p in before)
-            like = [t.detach().clone().requires_grad_(t.requires_grad) for t in (cond, *given)]
-            samples.append((x.detach().clone().requires_grad_(trained), *like))
-        log.info("CUDA graphs: %d blocks in runs of up to %d", len(blocks), size)
-        captured = torch.cuda.make_graphed_callables(tuple(runs), tuple(samples), allow_unused_input=True)
-        return list(captured)
+
+def capture(
+    parts: Sequence[_Blocks], x: Tensor, cond: Tensor, drop_path: Tensor | None, shared: Tensor | None
+) -> list[_Captured]:
+    """Graphs of consecutive runs of blocks, forward and backward, over one memory pool."""
+    captured = []
+    for part in parts:
+        captured.append(_Captured(part, x, cond, drop_path, shared))
+        x = x.detach().requires_grad_(x.requires_grad or any(p.requires_grad for p in part.parameters()))
+    graphs = torch.cuda.make_graphed_callables(
+        tuple(c.function for c in captured), tuple(c.samples for c in captured), allow_unused_input=True
+    )
+    for one, replay in zip(captured, graphs, strict=True):
+        one.replay = replay
+    log.info("captured %d runs of blocks", len(captured))
+    return captured

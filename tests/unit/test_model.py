@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hmar_mega import flops, sequence
 from hmar_mega.config import ModelConfig
 from hmar_mega.config_io import load_config
-from hmar_mega.model import hmar
+from hmar_mega.model import hmar, layer
+from hmar_mega.model.graphs import BlockGraphs
 from hmar_mega.model.hmar import HMAR, Head, decays, mask_branch_names, pad_to_multiple
 from hmar_mega.model.initialize import Initializer
 from hmar_mega.model.layers_torch import TorchLayers
@@ -403,3 +404,46 @@ def test_layers_are_cut_into_runs_of_almost_equal_size(depth: int, runs: int):
     assert sizes[0] - sizes[-1] <= 1
     assert [s.first for s in stages] == [True] + [False] * (runs - 1)
     assert [s.last for s in stages] == [False] * (runs - 1) + [True]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_gradient(recompute: hmar.Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and GELU, or whole blocks, computed again in the backward pass: the same gradients, bit by bit."""
+    torch.manual_seed(1)
+    given = {
+        "labels_B": torch.randint(CLASSES, (3,)),
+        "teacher_input_BNZ": torch.randn(3, N - 1, Z),
+        "targets_BN": torch.randint(V, (3, N)),
+    }
+    gradients, calls = [], []
+    gelu = layer.bias_gelu
+    monkeypatch.setattr(layer, "bias_gelu", lambda *given: calls.append(0) or gelu(*given))
+    for choice in ("none", recompute):
+        model = tiny_hmar(tiny_config("next_scale")).train()
+        model.set_recompute(choice)
+        model(**given).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(calls) == (1 + 2) * model.config.depth
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_captured_function_is_the_blocks(recompute: bool, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA graphs capture, run without capture: parts chained, parameters as inputs, the same gradients."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda functions, samples, **_: functions)
+    gradients = []
+    for parts in (None, 1):
+        model = tiny_hmar(tiny_config("next_scale", shared_aln=shared)).train()
+        model.graphs = None if parts is None else BlockGraphs(parts)
+        model.set_recompute("full" if recompute else "none")
+        torch.manual_seed(2)
+        factors = torch.rand(model.config.depth, 2, 3)
+        for _ in range(2):  # the second finds what the first captured
+            labels, features = torch.randint(CLASSES, (3,)), torch.randn(3, N - 1, Z)
+            targets = torch.randint(V, (3, N))
+            model(labels, features, drop_path=factors, targets_BN=targets).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
