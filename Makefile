@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 # The torch to train with. On a machine with GPUs choose the build for its driver: `make venv TORCH=torch==2.11.0+cu130`.
+# A CUDA build brings a Triton of its own, and the kernels are tested with 3.6.0, that of torch 2.11: pip refuses another.
 TORCH ?= torch==2.13.0
 
 # The first interpreter that is new enough; the tested one comes first.

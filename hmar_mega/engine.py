@@ -192,15 +192,19 @@ class Engine:
             for key in LOSS_SCALER_STATE:
                 setattr(scaler, key, state[key])
 
-    @contextlib.contextmanager
-    def tables(self) -> Iterator[None]:
+    def tables(self) -> contextlib.AbstractContextManager[None]:
         """Make parameters that the model reads outside its forward (positions, levels) whole; collective in ZeRO-3."""
+        return self.whole(list(self.model.parameters(recurse=False)))
+
+    @contextlib.contextmanager
+    def whole(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Make parameters readable outside their modules' forward; collective in ZeRO-3."""
         if self.zero_stage < 3:
             yield
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.model.parameters(recurse=False))):
+        with deepspeed.zero.GatheredParameters(parameters):
             yield
 
     def _restore_exact(self, exact: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:

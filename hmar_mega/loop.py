@@ -20,6 +20,7 @@ from hmar_mega.config import Config
 from hmar_mega.data.reader import StreamLoader
 from hmar_mega.engine import Engine, TrainingError
 from hmar_mega.flops import device_peak, train_flops_per_image
+from hmar_mega.fp8_attention import choose_fp8_attention
 from hmar_mega.interrupts import Stop, StopRequest
 from hmar_mega.metrics import MetricsLog
 from hmar_mega.objective import Objective, TokenBatch, per_scale_sums
@@ -260,6 +261,7 @@ def _evaluate(run: Run) -> None:
     if losses is not None:
         _record_validation(run, losses)
     run.progress.evaluation_due = False
+    choose_fp8_attention(run.engine)
     model.train()
 
 

@@ -42,6 +42,7 @@ from hmar_mega.data.reader import SampleOrder, ShardReader, StreamLoader, check_
 from hmar_mega.engine import Engine, micro_batch_size
 from hmar_mega.errors import UserError
 from hmar_mega.files import check_writable, write_atomic
+from hmar_mega.fp8_attention import choose_fp8_attention
 from hmar_mega.inference.grid import GridSampler
 from hmar_mega.interrupts import Interrupts
 from hmar_mega.metrics import MetricsLog, drop_rows_after, read_metrics, require_wandb
@@ -117,6 +118,7 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
         if reader is not None:
             run.progress.saved_step = start
             run.progress.evaluation_due = _evaluation_due(run, reader)
+        choose_fp8_attention(engine)
         dist.barrier()
         with contextlib.closing(run.metrics) if run.metrics is not None else contextlib.nullcontext():
             if engine.step >= last_step and dims.is_main:

@@ -148,15 +148,21 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class SequenceAttention:
-    """All scales at once: training and teacher forcing."""
+    """All scales at once: training and teacher forcing.
+
+    Attributes:
+        bf16_layers: layers for which `te_fp8` means `te`.
+    """
 
     schedule: ScaleSchedule
     pattern: Pattern
     backend: Backend = "auto"
+    bf16_layers: frozenset[str] = frozenset()
 
     def __call__(self, layer: str, qkv_NB3HD: Tensor, q_scale_H: Tensor) -> Tensor:
         """See `scale_block_attention`."""
-        return scale_block_attention(qkv_NB3HD, q_scale_H, self.schedule, self.pattern, self.backend)
+        backend: Backend = "te" if self.backend == "te_fp8" and layer in self.bf16_layers else self.backend
+        return scale_block_attention(qkv_NB3HD, q_scale_H, self.schedule, self.pattern, backend)
 
 
 @dataclass

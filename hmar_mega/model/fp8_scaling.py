@@ -1,7 +1,8 @@
 """When FP8 linears take new scales: once an optimizer step, from the largest values of the whole global batch.
 
-Transformer Engine by itself updates scales at the end of every forward region and during every backward pass. Here it
-is kept from that, and both updates happen at the end of a step, after all its micro-batches:
+Transformer Engine by itself updates scales at the end of every forward region and during every backward pass, of all
+modules of the process together. Here it is kept from that, and both updates happen at the end of a step, after all its
+micro-batches, of the linears that are counted here:
 
 - scales are those of the step, whatever the number of micro-batches, pipeline schedule and recomputation;
 - the FP8 copies of weights are made by the first micro-batch and serve all others of the step;
@@ -20,7 +21,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformer_engine.pytorch as te
+import transformer_engine_torch as tex
 from megatron.core import parallel_state
 from torch import Tensor, nn
 from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling, Format
@@ -33,6 +36,9 @@ log = logging.getLogger(__name__)
 
 #: Direction of a product → TE's key of its scaling state.
 DIRECTIONS = {"fwd": "scaling_fwd", "bwd": "scaling_bwd"}
+
+#: TE's key of its scaling state → FP8 format of what it scales.
+FORMATS = {"scaling_fwd": tex.DType.kFloat8E4M3, "scaling_bwd": tex.DType.kFloat8E5M2}
 
 
 class Fp8Scaling:
@@ -83,8 +89,8 @@ class Fp8Scaling:
                     if key in linear.fp8_meta:
                         linear.fp8_meta[key].amax_history[0].zero_()
             return
-        for forward in (True, False):
-            FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=forward)
+        for key, dtype in FORMATS.items():
+            self._update(key, dtype)
         if self._measuring:
             self._measuring = False
             log.info("FP8 linears: the first step was computed in bf16 and measured; from here on in FP8")
@@ -122,10 +128,22 @@ class Fp8Scaling:
         for name, tensor in wanted.items():
             tensor.copy_(stored.read(name, kind=FP8))
 
+    def _update(self, key: str, dtype: Any) -> None:
+        """New scales of one direction from the largest values of all ranks, which move into the histories."""
+        states = [linear.fp8_meta[key] for linear in self._linears]
+        if not states:
+            return
+        largest = torch.cat([state.amax_history[0] for state in states])
+        if dist.is_initialized():
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=_amax_group())
+        tex.fused_amax_and_scale_update_after_reduction(
+            largest, [state.amax_history for state in states], [state.scale for state in states],
+            self._recipe.amax_compute_algo, dtype, self._recipe.margin,
+        )  # fmt: skip
+
     @contextmanager
     def _autocast(self) -> Iterator[None]:
-        group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
-        with quiet(), te.autocast(enabled=True, recipe=self._recipe, amax_reduction_group=group):
+        with quiet(), te.autocast(enabled=True, recipe=self._recipe, amax_reduction_group=_amax_group()):
             yield
 
     def _prepare(self) -> None:
@@ -136,7 +154,11 @@ class Fp8Scaling:
         with torch.no_grad(), self._autocast():
             for linear in self._linears:
                 linear.init_fp8_metadata(num_gemms=1)
-                FP8GlobalStateManager.add_fp8_tensors_to_global_buffer(linear.fp8_meta)
+
+
+def _amax_group() -> Any:
+    """The tensor- and data-parallel ranks of this pipeline stage."""
+    return parallel_state.get_amax_reduction_group(with_context_parallel=True)
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.config import ModelConfig
 from hmar_mega.model.attention import Attend, Backend, SequenceAttention
+from hmar_mega.model.elementwise import modulated_norm
 from hmar_mega.model.initialize import Initializer
-from hmar_mega.model.layer import Attention, Block, modulated_norm
+from hmar_mega.model.layer import Attention, Block
 from hmar_mega.model.layers_torch import Layers, TorchLayers
 from hmar_mega.model.stage import Stage
 from hmar_mega.scales import ScaleSchedule
@@ -138,6 +139,7 @@ class HMAR(nn.Module):
         self.stage = stage if stage is not None else Stage(range(config.depth))
         self.has_mask_branch = mask_branch
         self.training_backend: Backend = config.attention.backend  #: of attention while training
+        self.bf16_attention: frozenset[str] = frozenset()  #: layers whose scales are too large for `te_fp8`
         self.input_tensor: Tensor | None = None  #: packed activations of the stage before; a pipeline sets it
         init = Initializer(seed, math.sqrt(1 / (3 * config.resolved_width)))
         if self.stage.first:
@@ -221,7 +223,7 @@ class HMAR(nn.Module):
         """
         attention, length = self.config.attention, self.schedule.num_tokens
         backend = self.training_backend if self.training else attention.backend
-        attend = SequenceAttention(self.schedule, attention.pattern, backend)
+        attend = SequenceAttention(self.schedule, attention.pattern, backend, self.bf16_attention)
         if self.stage.first:
             assert labels_B is not None
             cond = self.condition(labels_B)

@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.config import ModelConfig
 from hmar_mega.model.attention import Attend
+from hmar_mega.model.elementwise import bias_gelu, gated_residual, gated_residual_norm, modulated_norm
 from hmar_mega.model.initialize import Initializer
 from hmar_mega.model.layers_torch import Layers
 
-LAYER_NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
 
 
@@ -38,19 +38,19 @@ class Attention(nn.Module):
         self.qkv = layers.column(width, 3 * width, init.normal(f"{name}.qkv.weight"), bias=False, stride=3, fp8=True)
         self.proj = layers.row(width, width, init.normal(f"{name}.proj.weight", 1 / math.sqrt(2 * depth)))
 
-    def forward(self, x_NBC: Tensor, attend: Attend, length: int) -> Tensor:
-        """(N, B, C) → (N, B, C); under sequence parallelism this rank's part of both.
+    def forward(self, x_NBC: Tensor, attend: Attend, length: int) -> tuple[Tensor, Tensor | None]:
+        """(N, B, C) → (N, B, C) and the bias that is still to be added; under sequence parallelism this rank's part.
 
         Args:
             length: real tokens of the whole sequence; padding behind them attends to nothing and is attended by none.
         """
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = (self.qkv(x_NBC)[:length] + bias).unflatten(-1, (3, self.local_heads, self.head_dim))
+        qkv = self.qkv(x_NBC, bias)[:length].unflatten(-1, (3, self.local_heads, self.head_dim))
         if self.recompute and torch.is_grad_enabled():
             out = checkpoint(attend, self.name, qkv, self.q_scale(), use_reentrant=False)
         else:
             out = attend(self.name, qkv, self.q_scale())
-        return self.proj(self.layers.pad_sequence(out))
+        return self.proj(self.layers.pad_sequence(out), apart=True)
 
     def q_scale(self) -> Tensor:
         """Linear scale of the normalised queries, (H/tp,) float32 = exp(min(a, ln 100))."""
@@ -66,9 +66,9 @@ class FeedForward(nn.Module):
         self.fc1 = layers.column(width, hidden, init.normal(f"{name}.fc1.weight"), bias=True, fp8=True)
         self.fc2 = layers.row(hidden, width, init.normal(f"{name}.fc2.weight", 1 / math.sqrt(2 * config.depth)))
 
-    def forward(self, x_NBC: Tensor) -> Tensor:
-        """(N, B, C) → (N, B, C)."""
-        return self.fc2(F.gelu(self.fc1(x_NBC), approximate="tanh"))
+    def forward(self, x_NBC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(N, B, C) → (N, B, C) and the bias that is still to be added."""
+        return self.fc2(bias_gelu(*self.fc1(x_NBC, apart=True)), apart=True)
 
 
 class Block(nn.Module):
@@ -119,10 +119,7 @@ class Block(nn.Module):
         if drop_path_2B is not None:
             gamma1 = gamma1 * drop_path_2B[0, :, None].to(gamma1.dtype)
             gamma2 = gamma2 * drop_path_2B[1, :, None].to(gamma2.dtype)
-        x_NBC = x_NBC + gamma1 * self.attn(modulated_norm(x_NBC, scale1, shift1), attend, length)
-        return x_NBC + gamma2 * self.ffn(modulated_norm(x_NBC, scale2, shift2))
-
-
-def modulated_norm(x_NBC: Tensor, scale_BC: Tensor, shift_BC: Tensor) -> Tensor:
-    """LN(x)·(1 + scale) + shift, LN without affine, eps 1e-6."""
-    return F.layer_norm(x_NBC, x_NBC.shape[-1:], eps=LAYER_NORM_EPS) * (1 + scale_BC) + shift_BC
+        branch, bias = self.attn(modulated_norm(x_NBC, scale1, shift1), attend, length)
+        x_NBC, normed = gated_residual_norm(x_NBC, branch, bias, gamma1, scale2, shift2)
+        branch, bias = self.ffn(normed)
+        return gated_residual(x_NBC, branch, bias, gamma2)

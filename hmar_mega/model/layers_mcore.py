@@ -24,22 +24,40 @@ from hmar_mega.model.initialize import Fill
 
 
 class _Column(tensor_parallel.ColumnParallelLinear):
-    """mcore's column-parallel linear, returning the output alone."""
+    """mcore's column-parallel linear as a `LinearLayer`; alone in its group, one product with the bias in it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+    def forward(self, x: Tensor, bias: Tensor | None = None, *, apart: bool = False) -> Any:
+        own = self.bias if bias is None else bias
+        if self.tp_group.size() == 1:
+            return (F.linear(x, self.weight), kept(own)) if apart else F.linear(x, self.weight, own)
+        if self.gather_output:  # the bias is gathered with the product
+            return super().forward(x)[0]
+        out = super().forward(x)[0]
+        if apart:
+            return out, kept(own)
+        return out if own is None else out + own
 
 
 class _Row(tensor_parallel.RowParallelLinear):
-    """mcore's row-parallel linear, returning the output alone.
+    """mcore's row-parallel linear as a `LinearLayer`.
 
-    The bias is added here: under sequence parallelism each rank adds it to its part of the sequence, and its gradient
-    must be summed over the parts inside autograd, where DeepSpeed sees it complete.
+    The bias is added outside: under sequence parallelism each rank adds it to its part of the sequence, and its
+    gradient must be summed over the parts inside autograd, where DeepSpeed sees it complete.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        output, bias = super().forward(x)
-        return output + (sum_gradients(bias) if self.sequence_parallel else bias)
+    def forward(self, x: Tensor, bias: Tensor | None = None, *, apart: bool = False) -> Any:
+        if self.tp_group.size() == 1 and not apart:
+            return F.linear(x, self.weight, self.bias)
+        if self.tp_group.size() == 1:
+            return F.linear(x, self.weight), kept(self.bias)
+        output, own = super().forward(x)
+        own = sum_gradients(own) if self.sequence_parallel else kept(own)
+        return (output, own) if apart else output + own
+
+
+def kept(parameter: Tensor | None) -> Tensor | None:
+    """A view that outlives the layer's call: ZeRO-3 takes the parameter itself away after it."""
+    return None if parameter is None else parameter.view_as(parameter)
 
 
 class _SumGradients(torch.autograd.Function):
@@ -99,6 +117,7 @@ class McoreLayers:
             init_method=fill,
             bias=bias,
             gather_output=gather,
+            skip_bias_add=not gather,
             stride=stride,
         )
 

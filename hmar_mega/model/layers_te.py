@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformer_engine.pytorch.distributed import checkpoint as te_checkpoint
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-from hmar_mega.config_precision import FP8_ROWS, PrecisionConfig
+from hmar_mega.config_precision import FP8_MULTIPLE, PrecisionConfig
 from hmar_mega.model.fp8_scaling import Fp8Scaling, quiet
 from hmar_mega.model.initialize import Fill
-from hmar_mega.model.layers_mcore import McoreLayers, sum_gradients
+from hmar_mega.model.layers_mcore import McoreLayers, kept, sum_gradients
 
 
 class _Measured:
@@ -38,31 +38,35 @@ class _Measured:
 
     def measure(self, x: Tensor, out: Tensor) -> None:
         """What delayed scaling takes its first scales from; see `Fp8Scaling`."""
-        if not (self.measuring and out.requires_grad):
+        if not (self.measuring and torch.is_grad_enabled()):
             return
         forward = self.fp8_meta["scaling_fwd"].amax_history[0]
         backward = self.fp8_meta["scaling_bwd"].amax_history[0]
         _raise_to(forward[int(tex.FP8FwdTensors.GEMM1_INPUT)], x)
         _raise_to(forward[int(tex.FP8FwdTensors.GEMM1_WEIGHT)], self.weight)
-        out.register_hook(lambda gradient: _raise_to(backward[int(tex.FP8BwdTensors.GRAD_OUTPUT1)], gradient))
+        if out.requires_grad:  # not in frozen layers before the first trained one
+            out.register_hook(lambda gradient: _raise_to(backward[int(tex.FP8BwdTensors.GRAD_OUTPUT1)], gradient))
 
 
 class _Column(_Measured, TEColumnParallelLinear):
     """mcore's column-parallel TE linear, returning the output alone."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None, *, apart: bool = False) -> Any:
         out: Tensor = TEColumnParallelLinear.forward(self, x)[0]
         self.measure(x, out)
-        return out
+        if apart:
+            return out, None  # TE's product has added it
+        return out if bias is None else out + bias
 
 
 class _Row(_Measured, TERowParallelLinear):
     """mcore's row-parallel TE linear, returning the output alone; the bias is added as `layers_mcore` adds it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        out, bias = TERowParallelLinear.forward(self, x)
+    def forward(self, x: Tensor, bias: Tensor | None = None, *, apart: bool = False) -> Any:
+        out, own = TERowParallelLinear.forward(self, x)
         self.measure(x, out)
-        return out + (sum_gradients(bias) if self.sequence_parallel else bias)
+        own = sum_gradients(own) if self.sequence_parallel else kept(own)
+        return (out, own) if apart else out + own
 
 
 @torch.no_grad()
@@ -119,8 +123,8 @@ class TELayers(McoreLayers):
         return linear
 
     def padded_length(self, length: int, batch: int) -> int:
-        """Rows of all ranks' parts together: each part times the batch is a multiple of 8, as FP8 products need."""
-        unit = self.sequence_parts * (FP8_ROWS // math.gcd(FP8_ROWS, batch))
+        """Rows of all ranks' parts together: each part times the batch is a multiple of 16, as FP8 products need."""
+        unit = self.sequence_parts * (FP8_MULTIPLE // math.gcd(FP8_MULTIPLE, batch))
         return -(-length // unit) * unit
 
     def pad_sequence(self, x: Tensor) -> Tensor:

@@ -17,6 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from hmar_mega.model.initialize import Fill
 
 
+class LinearLayer(Protocol):
+    """A linear of a block, always called as a module: ZeRO-3 gathers its weight around the call."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None, *, apart: bool = False) -> Any:
+        """x·Wᵀ plus the layer's bias, or the given one (of this rank's output features) where it has none.
+
+        With `apart`: x·Wᵀ, and the bias that whoever comes next is to add in passing, or None where none is left.
+        """
+
+
 class Layers(Protocol):
     """The layers a model is made of. Outputs are plain tensors; biases start at 0."""
 
@@ -135,8 +145,17 @@ class TorchLayers:
         return checkpoint(function, *given, use_reentrant=False)
 
 
+class _Linear(nn.Linear):
+    """A plain `LinearLayer`."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, *, apart: bool = False) -> Any:
+        if apart:
+            return F.linear(x, self.weight), self.bias
+        return F.linear(x, self.weight, self.bias if bias is None else bias)
+
+
 def _linear(in_features: int, out_features: int, fill: Fill, bias: bool) -> nn.Linear:
-    linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, device=torch.get_default_device())
+    linear = nn.utils.skip_init(_Linear, in_features, out_features, bias=bias, device=torch.get_default_device())
     fill(linear.weight.data)
     if bias:
         nn.init.zeros_(linear.bias)

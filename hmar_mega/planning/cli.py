@@ -122,7 +122,8 @@ def make_report(
         name=name,
         parameters=parameters,
         model=f"{parameters / 1e6:,.1f} M parameters, depth {work.depth}, width {work.width}, {work.heads} heads, "
-        f"{config.schedule.resolution} px = {work.tokens:,} tokens, {config.stage.name}, {work.compute}, "
+        f"{config.schedule.resolution} px = {work.tokens:,} tokens, {config.stage.name}, {work.compute}"
+        f"{' with FP8 linears' if work.fp8 else ''}, "
         f"{work.flops_per_image / 1e12:.2f} TFLOP an image",
         cluster=cluster,
         batch=config.data.global_batch_size,
@@ -132,6 +133,7 @@ def make_report(
         best=found.plan,
         why=reason(found.plan, plans, cluster) if found.plan is not None else _nothing(found.why_not, cluster),
         factor=factor,
+        fp8=config.precision.fp8,
         calibration=f"predicted from kernel rates × {factor:.2f}, the median of measured / predicted of {len(steps)} "
         f"measured step{'s' if len(steps) > 1 else ''} ({'; '.join(sorted({s.source for s in steps}))})",
         curves=project(config, cluster, factor) if scaling else [],
@@ -143,7 +145,8 @@ def _too_much(own: Plan, best: Plan | None, cluster: Cluster) -> str:
     from hmar_mega.planning.report import describe
 
     parts = {
-        n: getattr(own.memory, n) for n in ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+        n: getattr(own.memory, n)
+        for n in ("weights", "gradients", "optimizer", "fp8", "activations", "logits", "buffers")
     }
     largest = max(parts, key=lambda n: parts[n])
     words = (

@@ -17,7 +17,7 @@ from hmar_mega.model.stage import split_layers
 from hmar_mega.planning.cluster import Cluster
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.memory import stage_state
-from hmar_mega.planning.rates import attention_seconds
+from hmar_mega.planning.rates import FP8_LINEAR_TIME, attention_seconds
 from hmar_mega.planning.tensors import rank_runs
 from hmar_mega.planning.workload import Workload
 
@@ -202,7 +202,8 @@ def _stage(work: Workload, layout: Layout, cluster: Cluster, rank: int) -> _Stag
     local = -(-work.tokens // layout.sequence_parts) * layout.micro_batch
     rate = (cluster.fp32_tflops if e == 4 else cluster.bf16_tflops) * 1e12
 
-    block = (4 * width * width + 2 * width * work.hidden) / t
+    # of FP8 products, as many bf16 ones as take their time
+    block = (4 * width * width + 2 * width * work.hidden) / t * (FP8_LINEAR_TIME if work.fp8 else 1.0)
     vocabulary = width * work.vocabulary / t
     trained = [n for n in numbers if n >= work.first_trained]
     again = layout.recompute == "full"

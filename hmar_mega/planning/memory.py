@@ -9,6 +9,9 @@ Let P be a rank's trained parameters (with the padding of each optimizer group t
 | fp16, ZeRO 1 | 2P | 2P | 12P/d |
 | ZeRO 2 | as above | a d-th part | 12P/d |
 | ZeRO 3 | a d-th part, and small ones whole | a d-th part | 12P/d, each tensor padded to d |
+
+FP8 linears keep two copies of their weights besides, whole under any ZeRO: as they are, and transposed for the backward
+pass (Hopper multiplies FP8 by transposed matrices alone).
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ BUCKET_ELEMENTS = 500_000_000
 #: Elements above which DeepSpeed's bf16 optimizer reduces a group alone rather than in a copy with the next.
 REDUCE_ELEMENTS = 500_000_000
 
+#: Ends of the names of the weights that FP8 linears copy.
+FP8_WEIGHTS = ("attn.qkv.weight", "attn.proj.weight", "ffn.fc1.weight", "ffn.fc2.weight")
+
 #: ZeRO 3: tensors up to this size stay whole on every rank (`stage3_param_persistence_threshold`, its default).
 PERSISTENT_ELEMENTS = 100_000
 
@@ -43,6 +49,7 @@ class Memory:
         weights: in the compute format, frozen ones too; under ZeRO 3 this rank's part and what stays whole.
         gradients: accumulated.
         optimizer: float32 masters and both Adam moments.
+        fp8: copies of the weights of FP8 linears.
         ema: moving average of the weights.
         tokenizer: the VQ-VAE that turns tokens into inputs and draws sample grids.
         activations, logits: at the worst moment of the backward pass.
@@ -54,6 +61,7 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
+    fp8: float
     ema: float
     tokenizer: float
     activations: float
@@ -65,7 +73,7 @@ class Memory:
     @property
     def state(self) -> float:
         """What is always there."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.tokenizer
+        return self.weights + self.gradients + self.optimizer + self.fp8 + self.ema + self.tokenizer
 
     @property
     def training(self) -> float:
@@ -142,6 +150,7 @@ def memory_of(work: Workload, layout: Layout, pipeline_rank: int, chunk: int | N
         weights=weights,
         gradients=accumulated * (state.trained if whole_gradients else state.owned),
         optimizer=12 * state.owned,
+        fp8=2 * _fp8_elements(work, layout, pipeline_rank) if work.fp8 else 0,
         ema=4 * state.owned if work.ema else 0,
         tokenizer=4 * work.tokenizer,
         activations=activations,
@@ -155,6 +164,16 @@ def memory_of(work: Workload, layout: Layout, pipeline_rank: int, chunk: int | N
 def worst_rank(work: Workload, layout: Layout, chunk: int | None = LOGITS_CHUNK_BYTES) -> Memory:
     """Bytes of the ranks that need most: the first, with most micro-batches in flight, or the last, with the head."""
     return max((memory_of(work, layout, rank, chunk) for rank in {0, layout.pipeline - 1}), key=lambda m: m.peak)
+
+
+def _fp8_elements(work: Workload, layout: Layout, pipeline_rank: int) -> int:
+    """Weights of this rank's FP8 linears that the trained branch runs."""
+    parameters = rank_parameters(work, layout.tensor, layout.pipeline, layout.virtual, pipeline_rank)
+    return sum(
+        p.numel
+        for p in parameters
+        if p.name.endswith(FP8_WEIGHTS) and (p.trained or int(p.name.split(".")[1]) < work.first_trained)
+    )
 
 
 def _buffers(compute: str, layout: Layout, state: State) -> float:

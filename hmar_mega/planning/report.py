@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hmar_mega.model.hmar import LOGITS_CHUNK_BYTES
-from hmar_mega.planning import cost, memory
+from hmar_mega.planning import cost, memory, rates
 from hmar_mega.planning.cluster import GIB, Cluster
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.layouts import Plan
@@ -22,7 +22,7 @@ from hmar_mega.planning.scaling import WEAK_IMAGES, Curve, Point
 WIDTH = 124
 
 MEMORY_PARTS = (
-    "weights", "gradients", "optimizer", "ema", "tokenizer", "activations", "logits", "buffers", "step",
+    "weights", "gradients", "optimizer", "fp8", "ema", "tokenizer", "activations", "logits", "buffers", "step",
 )  # fmt: skip
 TIME_PARTS = (
     "products", "attention", "elementwise", "host", "tensor", "pipeline", "bubble", "data", "update",
@@ -34,6 +34,7 @@ WORDS = {
     "pipeline": "pipeline traffic", "data": "data-parallel traffic", "update": "clip + AdamW",
     "elementwise": "norms, elementwise", "step": "(reduction and update)", "ema": "moving average",
     "buffers": "buckets, gathered weights", "bubble": "pipeline bubble", "logits": "logits",
+    "fp8": "FP8 copies of weights",
 }  # fmt: skip
 
 
@@ -50,6 +51,7 @@ class Report:
         plans: ranked legal layouts.
         best: the recommended one, or None when nothing fits.
         why: why that one, or why none.
+        fp8: `precision.fp8`.
         calibration: one line about where times come from.
     """
 
@@ -64,6 +66,7 @@ class Report:
     best: Plan | None
     why: str
     factor: float
+    fp8: str
     calibration: str
     curves: list[Curve] = field(default_factory=list)
 
@@ -249,7 +252,19 @@ def assumptions(report: Report) -> list[str]:
     """What the figures stand on."""
     c = report.cluster
     logits = f"in chunks of {LOGITS_CHUNK_BYTES / 2**20:.0f} MiB"
+    fp8 = []
+    if report.fp8 != "none":
+        least, most = rates.FP8_LINEAR_LEAST, rates.FP8_LINEAR_MOST
+        fp8.append(
+            f"products of FP8 linears take {rates.FP8_LINEAR_TIME:.2f} of bf16's time, the median of three shapes on "
+            f"an H100 ({least:.2f} to {most:.2f}, weights converted every time); their "
+            "copies of weights take two bytes a parameter; activations are counted as in bf16, which is more than FP8 "
+            "keeps"
+        )
+    if report.fp8 == "linears_and_attention":
+        fp8.append("FP8 attention is not modelled: attention is planned as in bf16")
     return [
+        *fp8,
         "weights, gradients and optimizer are counted exactly as DeepSpeed 0.19.8 lays them; a GPU may allocate its "
         f"{c.memory_gib:g} GiB less {c.reserved_gib:g} for CUDA and NCCL and {c.fragmentation:.0%} lost to fragments",
         f"activations: every tensor that autograd saves, by formula; float32 logits are computed {logits}; DeepSpeed's "

@@ -30,6 +30,7 @@ class Workload:
         vocabulary, latents: V and Z.
         masked: stage 2: only the mask branch is trained.
         element: bytes of the compute format.
+        fp8: the four large linears of a block are computed in FP8.
         tokenizer: parameters of the VQ-VAE, which every rank holds in float32.
         flops_per_image: of forward and backward pass, recomputation not counted.
     """
@@ -51,6 +52,7 @@ class Workload:
     compute: str
     element: int
     ema: bool
+    fp8: bool
     tokenizer: int
     flops_per_image: float
 
@@ -77,6 +79,7 @@ class Workload:
             compute=config.precision.compute,
             element=ELEMENT[config.precision.compute],
             ema=getattr(config.optim, "ema_decay", None) is not None,
+            fp8=config.precision.fp8 != "none",
             tokenizer=tokenizer_elements(tokenizer, scales),
             flops_per_image=train_flops_per_image(config),
         )

@@ -146,7 +146,7 @@ def hmar(precision: PrecisionConfig | None, model: ModelConfig = MODEL, schedule
 
 
 def step(model: HMAR, seed: int, size: float = 1.0, end: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy and gradients of one micro-batch of 3 samples: 63 rows, which FP8 must pad to 64 or more."""
+    """Cross-entropy and gradients of one micro-batch of 3 samples: 63 rows, which FP8 must pad to 96."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(64, (3, model.schedule.num_tokens), generator=generator).cuda()
     features = size * torch.randn(3, model.schedule.num_tokens - 1, 8, generator=generator).cuda()
@@ -239,9 +239,34 @@ def test_scales_are_of_the_whole_step_and_constant_within_it() -> None:
             assert all(torch.equal(before[n], scales[n]) for n in before if "scale" in n)
         model.layers.fp8.end_step(applied=True)
     for (name, a), (_, b) in zip(copied(models[0]), copied(models[1]), strict=True):
-        assert torch.equal(a, b), name
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=0, msg=name)
     after = dict(copied(models[0]))
     assert any(not torch.equal(after[n], before[n]) for n in before if "scale" in n)
+
+
+@pytest.mark.usefixtures("world")
+def test_a_model_takes_no_notice_of_the_steps_of_another() -> None:
+    ours, other = (hmar(PrecisionConfig(fp8="linears", fp8_amax_history=4)) for _ in range(2))
+    for seed in range(2):
+        step(ours, seed)
+    before = dict(copied(ours))
+    step(other, 2)
+    assert all(torch.equal(before[n], tensor) for n, tensor in copied(ours))
+
+
+@pytest.mark.usefixtures("world")
+def test_frozen_layers_are_measured_too() -> None:
+    """In the second stage of training the layers below the mask branch have no gradients, but FP8 products."""
+    model = hmar(PrecisionConfig(fp8="linears"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("blocks.1.", "head")))
+    step(model, 0)
+    scales = dict(copied(model))
+    for name in ("attn.qkv", "attn.proj", "ffn.fc1", "ffn.fc2"):
+        x, weight = scales[f"blocks.0.{name}.fp8_scale_fwd"][:2].tolist()
+        assert x != 1, name
+        assert weight > 100, name
+    step(model, 1)
 
 
 @pytest.mark.usefixtures("world")
@@ -287,7 +312,8 @@ def test_fp8_attention_in_a_model_follows_bf16() -> None:
 
 TRAINING = (
     "precision.compute=bf16", "optim.max_steps=20", "optim.epochs=5", "optim.base_lr=0.1", "optim.clip=1",
-    "data.micro_batch_size=2", "checkpoint.interval=10", "checkpoint.keep_last=5", "run.peer_timeout=0",
+    "model.width=64", "data.micro_batch_size=2", "checkpoint.interval=10", "checkpoint.keep_last=5",
+    "run.peer_timeout=0",
 )  # fmt: skip
 
 #: Settings of the runs that go side by side.
@@ -299,6 +325,9 @@ RUNS = {
     "recomputed": ("precision.fp8=linears", "parallel.recompute=full"),
     "interrupted": ("precision.fp8=linears", "optim.max_steps=10"),
 }
+
+#: By how much a run in FP8 may leave the losses of bf16, which fall by three times as much.
+NEAR = 0.05
 
 
 def start(config: Config) -> subprocess.Popen[str]:
@@ -319,21 +348,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(inputs: Inputs, folder: Path) -> dict[str, str]:
-    """What each run printed, all of them finished."""
+    """What each run printed; of one that failed, that it did, so that the others are still judged."""
     started = {name: start(tiny_config(inputs, folder / name, *TRAINING, *settings)) for name, settings in RUNS.items()}
     texts = {name: process.communicate(timeout=300)[1] for name, process in started.items()}
-    for name, process in started.items():
-        assert process.returncode == 0, f"{name}:\n{texts[name]}"
-    return texts
+    return {
+        name: texts[name] if process.returncode == 0 else f"{FAILED} {process.returncode}:\n{texts[name]}"
+        for name, process in started.items()
+    }
+
+
+#: How the text of a run that failed begins.
+FAILED = "exit status"
+
+
+def finished(printed: dict[str, str], *names: str) -> None:
+    for name in names:
+        assert not printed[name].startswith(FAILED), f"{name}: {printed[name]}"
 
 
 @pytest.mark.parametrize("name", ["delayed", "current", "zero3", "recomputed"])
 def test_fp8_training_follows_bf16(printed: dict[str, str], folder: Path, name: str) -> None:
     """20 steps of 4 micro-batches of 42 rows, which are padded."""
+    finished(printed, "bf16", name)
     ours, bf16 = Outcome.of(folder / name), Outcome.of(folder / "bf16")
     assert len(ours.losses) == 20
-    assert bf16.losses[-1] < bf16.losses[0] - 0.05, "the bf16 run learns nothing to compare with"
-    assert ours.losses == pytest.approx(bf16.losses, rel=0.05)
+    assert bf16.losses[-1] < bf16.losses[0] - 3 * NEAR, "the bf16 run learns too little to compare with"
+    assert ours.losses == pytest.approx(bf16.losses, abs=NEAR)
     assert ours.losses != bf16.losses
     assert ("from here on in FP8" in printed[name]) == (name != "current")
     assert "fp8 linears" in printed[name]
@@ -341,6 +381,7 @@ def test_fp8_training_follows_bf16(printed: dict[str, str], folder: Path, name: 
 
 def test_a_resumed_fp8_run_goes_on_with_its_scales(inputs: Inputs, printed: dict[str, str], folder: Path) -> None:
     """The checkpoint of step 10 holds every scale and history, and steps 11 to 20 are those of the run that went on."""
+    finished(printed, "delayed", "interrupted")
     checkpoint = find_checkpoint(folder / "interrupted")
     assert checkpoint is not None
     stored = [name for name, kind, _ in CheckpointReader(checkpoint).tensors() if kind == FP8]

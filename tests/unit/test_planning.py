@@ -42,6 +42,29 @@ def grid(**sizes: int | bool | str) -> Layout:
     return Layout(**{**one, **sizes})  # type: ignore[arg-type]
 
 
+# FP8
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_fp8_linears_keep_two_bytes_a_weight_and_change_the_time_of_their_products_alone(zero: int) -> None:
+    layout, h100 = grid(data=4, tensor=2, zero=zero, micro_batch=8), load_cluster("h100")
+    bf16, fp8 = (work_of("train/d16-256", f"precision.fp8={how}") for how in ("none", "linears"))
+    before, after = (memory_of(work, layout, 0) for work in (bf16, fp8))
+    # of 12 C² weights of a block and tensor-parallel rank, C = 1024
+    assert after.state - before.state == after.fp8 == 2 * 16 * 12 * 1024**2 / 2
+    slow, fast = (cost_of(work, layout, h100) for work in (bf16, fp8))
+    positions, head = 8 * 680, 4 * 2 * 8 * 680 * 1024 * 4096 / 2 / (h100.bf16_tflops * 1e12)
+    blocks = 6 * positions * 16 * 12 * 1024**2 / 2 / (h100.bf16_tflops * 1e12)
+    assert slow.products == pytest.approx(blocks + head)
+    assert fast.products == pytest.approx(0.9217 * blocks + head, rel=1e-4)
+    assert fast.attention == slow.attention
+
+
+def test_fp8_copies_of_the_second_stage_are_those_of_the_branch_that_runs() -> None:
+    work = work_of("train/d16-256", "stage.name=masked", "precision.fp8=linears")
+    assert memory_of(work, grid(), 0).fp8 == 2 * 16 * 12 * 1024**2
+
+
 # Parameters
 
 

@@ -76,6 +76,15 @@ def test_the_json_has_the_model_its_layouts_and_the_reason(capsys: pytest.Captur
     assert load_config("train/d16-256", best["overrides"]).parallel.zero_stage == best["layout"]["zero"]
 
 
+def test_the_plan_says_what_of_fp8_it_models(capsys: pytest.CaptureFixture[str]) -> None:
+    fp8 = ("precision.fp8=linears_and_attention", "precision.fp8_pad_head_dim=true")
+    found = plan_json(capsys, "train/d16-256", "--cluster", "h100", *fp8)
+    assert "bf16 with FP8 linears" in found["model"]["about"]
+    assert found["recommended"]["bytes"]["fp8"] == 2 * 16 * 12 * 1024**2
+    assert "take 0.92 of bf16's time" in found["assumptions"][0]
+    assert found["assumptions"][1].startswith("FP8 attention is not modelled")
+
+
 def test_json_goes_to_a_file_beside_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
     assert main(["plan", "train/d16-256", "--json", str(path), "--top", "3"]) == 0
