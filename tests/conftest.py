@@ -13,6 +13,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Triton reads it when it is first imported, which torch leaves to those who need it: without a GPU its kernels run in
+# its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # deadline: a first call that imports or compiles is slow by nature. derandomize: continuous integration must repeat
 # itself, while a developer's runs go on looking for new counter-examples.
 settings.register_profile("house", deadline=None, max_examples=50, derandomize=bool(os.environ.get("CI")))

@@ -58,7 +58,8 @@ def attention_errors(
     with poisoned_memory():
         out = scale_block_attention(qkv, q_scale, schedule, pattern, backend)  # type: ignore[arg-type]
         d_qkv, d_scale = torch.autograd.grad(out, (qkv, q_scale), incoming)
-    assert out.dtype == d_qkv.dtype == dtype and d_scale.dtype == torch.float32
+    assert out.dtype == d_qkv.dtype == dtype
+    assert d_scale.dtype == torch.float32
 
     exact, exact_scale = qkv.detach().double().requires_grad_(), q_scale.detach().double().requires_grad_()
     dense = "reference" if tokens < 4000 else "sdpa"  # one dense mask, or one dense matrix a scale

@@ -143,7 +143,7 @@ def precision() -> str:
 def _forward(
     qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool, fp8_below: float
 ) -> tuple[Tensor, Tensor]:
-    """Output (N, B, H, D) and, for the backward pass, log2-sum, 1/|q| and 1/|k| as one (3, B, H, row length) float32."""
+    """Output (N, B, H, D) and, for the backward pass, log2-sum, 1/|q| and 1/|k|: one (3, B, H, row length) float32."""
     schedule, pattern = _problem(patch_nums, causal)
     tokens, batch, _, heads, dim = qkv.shape
     plan = plan_for(schedule, pattern, qkv.dtype, dim)
@@ -200,9 +200,7 @@ def _launch_fp8(
 
 
 @_forward.register_fake
-def _(
-    qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool, fp8_below: float
-) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool, fp8_below: float) -> tuple[Tensor, Tensor]:
     tokens, batch, _, heads, dim = qkv.shape
     _, length = shifts(*_problem(patch_nums, causal))
     return qkv.new_empty(tokens, batch, heads, dim), _new_rows(qkv, 3, length)

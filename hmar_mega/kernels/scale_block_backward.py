@@ -19,8 +19,8 @@ from hmar_mega.kernels.scale_block_forward import LOG2_E, NORM_EPS, SIZES, load_
 
 @triton.jit(do_not_specialize=SIZES)
 def delta_kernel(
-    out, d_out, delta, places, tokens, row_length, batch, heads, d_row, d_sample, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    out, d_out, delta, places, tokens, row_length, batch, heads, d_row, d_sample, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """rowsum(dO·O) of BLOCK_M positions of one sample and head; d_row, d_sample: strides of d_out (N, B, H·D)."""
     pid = tl.program_id(0)
@@ -37,8 +37,8 @@ def delta_kernel(
 
 @triton.jit
 def sum_over_queries(
-    a_k, dv, k, v, k_factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, norm_rows, line, shift, begin, end,
-    seen_low, seen_high, MASKED: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
+    a_k, dv, k, v, k_factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, norm_rows, line, shift,
+    begin, end, seen_low, seen_high, MASKED: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to own keys' gradients what queries [begin, end) send back; matrices are transposed, (M keys, J queries)."""
     zeros = tl.zeros([k.shape[0], BLOCK_J], tl.float32)
@@ -63,8 +63,8 @@ def sum_over_queries(
 
 @triton.jit
 def sum_over_keys(
-    a_q, q, do, row_factor, log_total, correction, qkv_rows, k_column, v_column, norm_rows, line, shift, begin, end, seen_low,
-    seen_high, MASKED: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
+    a_q, q, do, row_factor, log_total, correction, qkv_rows, k_column, v_column, norm_rows, line, shift, begin, end,
+    seen_low, seen_high, MASKED: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to own queries' gradients what keys [begin, end) send back. Keys beyond the end have 1/|k| = 0."""
     zeros = tl.zeros([q.shape[0], BLOCK_J], tl.float32)
@@ -103,9 +103,10 @@ def backward_kernel(
 ):  # fmt: skip
     """Gradients of one tile of one sample and head: of its keys and values (KEYS), then of its queries (QUERIES).
 
-    The `_rows` are descriptors with blocks of BLOCK_J rows: of qkv (N, B·3·H·D), d_out (N, B·H·D), and of lse, delta and
-    the norms (B·H, row_length). d_qkv (N, B, 3, H, D); d_scale (T, B, H) float32, partial sums; query_tiles: for KEYS, who own keys and walk over
-    queries; key_tiles: for QUERIES; d_row, d_sample: strides of d_out (N, B, H·D). The rest as in the forward kernel.
+    The `_rows` are descriptors with blocks of BLOCK_J rows: of qkv (N, B·3·H·D), d_out (N, B·H·D), and of lse, delta
+    and the norms (B·H, row_length). d_qkv (N, B, 3, H, D); d_scale (T, B, H) float32, partial sums; query_tiles: for
+    KEYS, who own keys and walk over queries; key_tiles: for QUERIES; d_row, d_sample: strides of d_out (N, B, H·D). The
+    rest as in the forward kernel.
     """
     tile, sample, head = place(tl.program_id(0), num_tiles, heads, HEAD_GROUP)
     stride = batch.to(tl.int64) * 3 * heads * D
@@ -137,12 +138,12 @@ def backward_kernel(
         dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         factor = k_inverse * (scale * LOG2_E)
         a_k, dv = sum_over_queries(
-            a_k, dv, k, v, factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, q_norm_rows, line, shift, low,
-            edge, seen_low, seen_high, True, BLOCK_J, PRECISION,
+            a_k, dv, k, v, factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, q_norm_rows, line,
+            shift, low, edge, seen_low, seen_high, True, BLOCK_J, PRECISION,
         )  # fmt: skip
         a_k, dv = sum_over_queries(
-            a_k, dv, k, v, factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, q_norm_rows, line, shift, edge,
-            high, seen_low, seen_high, False, BLOCK_J, PRECISION,
+            a_k, dv, k, v, factor, qkv_rows, q_column, do_rows, do_column, lse_rows, delta_rows, q_norm_rows, line,
+            shift, edge, high, seen_low, seen_high, False, BLOCK_J, PRECISION,
         )  # fmt: skip
         dk, _ = through_norm(k, k_inverse, a_k, scale)
         keep = own[:, None] & (columns[None, :] < D)

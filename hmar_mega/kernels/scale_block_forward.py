@@ -71,8 +71,8 @@ def in_fp8(tiles, tile, scale, fp8_below):
 
 @triton.jit
 def attend_keys(
-    acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_norm, line, shift, begin, end, seen_low, seen_high,
-    MASKED: tl.constexpr, RUNNING: tl.constexpr, INLINE_NORM: tl.constexpr, BLOCK_J: tl.constexpr,
+    acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_norm, line, shift, begin, end, seen_low,
+    seen_high, MASKED: tl.constexpr, RUNNING: tl.constexpr, INLINE_NORM: tl.constexpr, BLOCK_J: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the keys of [begin, end) to the accumulators; `maximum` (M,) is in base 2, moved only where RUNNING."""
@@ -153,9 +153,9 @@ def forward_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    qkv, qkv_rows, k_rows, q_scale, out, lse, q_norm, k_norm, tiles, seen, fp8_below, num_tiles, tokens, row_length, batch,
-    heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, HEAD_GROUP: tl.constexpr,
-    HEADS: tl.constexpr, INLINE_NORM: tl.constexpr, PRECISION: tl.constexpr,
+    qkv, qkv_rows, k_rows, q_scale, out, lse, q_norm, k_norm, tiles, seen, fp8_below, num_tiles, tokens, row_length,
+    batch, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
+    HEAD_GROUP: tl.constexpr, HEADS: tl.constexpr, INLINE_NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries of one sample and head: one tile of them, or all tiles where HEADS is `steep`.
 

@@ -57,9 +57,9 @@ def quantise_kernel(
 ):  # fmt: skip
     """BLOCK places of one sample and head; heads vary fastest.
 
-    positions (row_length,) int32: the token at each place, `tokens` in gaps, which become zeros; row_length is a multiple
-    of BLOCK. k_norm (B, H, row_length) float32, 1/|k|, is written for every head; keys (B, H, row_length, D) and values
-    (B, H, D, row_length) e4m3, exponents (B, H, row_length/BLOCK) float32 for those below `fp8_below`: v is
+    positions (row_length,) int32: the token at each place, `tokens` in gaps, which become zeros; row_length is a
+    multiple of BLOCK. k_norm (B, H, row_length) float32, 1/|k|, is written for every head; keys (B, H, row_length, D)
+    and values (B, H, D, row_length) e4m3, exponents (B, H, row_length/BLOCK) float32 for those below `fp8_below`: v is
     values·2^exponent, with places in `operand_order`.
     """
     pid = tl.program_id(0)
@@ -93,8 +93,8 @@ def quantise_kernel(
 
 @triton.jit
 def attend_keys_fp8(
-    acc, total, q, factor, bound, key_rows, value_rows, exponents, largest, line, row_length, shift, begin, end, seen_low,
-    seen_high, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
+    acc, total, q, factor, bound, key_rows, value_rows, exponents, largest, line, row_length, shift, begin, end,
+    seen_low, seen_high, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the keys of [begin, end): `acc` in units of 2^largest/UNIT, `total` in ones. q is in units of 1/UNIT."""
     zeros = tl.zeros([q.shape[0], BLOCK_J], tl.float32)
@@ -116,15 +116,15 @@ def attend_keys_fp8(
 
 @triton.jit(do_not_specialize=SIZES)
 def fp8_forward_kernel(
-    qkv, key_rows, value_rows, exponents, q_scale, out, lse, q_norm, tiles, seen, fp8_below, num_tiles, tokens, row_length,
-    batch, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
+    qkv, key_rows, value_rows, exponents, q_scale, out, lse, q_norm, tiles, seen, fp8_below, num_tiles, tokens,
+    row_length, batch, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
     BLOCKS: tl.constexpr, HEAD_GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one sample and head, where both are computed in FP8 (`in_fp8`); elsewhere nothing.
 
-    `key_rows`, `value_rows`: descriptors of what `quantise_kernel` wrote, as (B·H·row_length, D) and (B·H·D, row_length),
-    with blocks (BLOCK_J, BLOCK_D) and (BLOCK_D, BLOCK_J); BLOCKS: a power of two, at least the blocks of a row. The rest
-    as in the forward kernel.
+    `key_rows`, `value_rows`: descriptors of what `quantise_kernel` wrote, as (B·H·row_length, D) and (B·H·D,
+    row_length), with blocks (BLOCK_J, BLOCK_D) and (BLOCK_D, BLOCK_J); BLOCKS: a power of two, at least the blocks of a
+    row. The rest as in the forward kernel.
     """
     tile, sample, head = place(tl.program_id(0), num_tiles, heads, HEAD_GROUP)
     scale = tl.load(q_scale + head)
@@ -161,8 +161,8 @@ def fp8_forward_kernel(
             seen_low, seen_high, False, D, BLOCK_J, PRECISION,
         )  # fmt: skip
         acc, total = attend_keys_fp8(
-            acc, total, q8, factor, bound, key_rows, value_rows, exponents, largest, line, row_length, shift, edge, high,
-            seen_low, seen_high, True, D, BLOCK_J, PRECISION,
+            acc, total, q8, factor, bound, key_rows, value_rows, exponents, largest, line, row_length, shift, edge,
+            high, seen_low, seen_high, True, D, BLOCK_J, PRECISION,
         )  # fmt: skip
         columns = tl.arange(0, BLOCK_D)
         keep = own[:, None] & (columns[None, :] < D)

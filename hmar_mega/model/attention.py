@@ -35,19 +35,19 @@ def scale_block_attention(
         q_scale_H: (H,) linear scale of the normalised queries, exp(min(a, ln 100)).
         schedule: the scales; N must be its number of tokens.
         pattern: which scales a token sees.
-        backend: `reference` (dense mask, any device, the truth in tests), `sdpa` (one fused call a scale), `triton` (own
-            kernels, GPU), `triton_fp8` (the same, with FP8 products where they are right), `te` (Transformer Engine, one variable-length call), `te_fp8` (its larger scales in FP8) or
-            `auto`, the fastest that takes the inputs.
+        backend: `reference` (dense mask, any device, the truth in tests), `sdpa` (one fused call a scale), `triton`
+            (own kernels, GPU), `triton_fp8` (forward products of larger scales in FP8 at heads of a small q_scale),
+            `te` (Transformer Engine, one variable-length call), `te_fp8` (its larger scales in FP8) or `auto`, the
+            fastest that takes the inputs.
 
     Returns:
         (N, B, H·D) in the dtype of `qkv`.
     """
     if qkv_NB3HD.shape[0] != schedule.num_tokens:
         raise ValueError(f"qkv has {qkv_NB3HD.shape[0]} positions, the schedule {schedule.num_tokens}")
+    chosen: str = backend
     if backend == "auto":
         chosen = _choose(qkv_NB3HD.device.type, qkv_NB3HD.dtype, qkv_NB3HD.shape[-1])
-    else:
-        chosen = backend
     return _BACKENDS[chosen](qkv_NB3HD, q_scale_H, schedule, pattern)
 
 
