@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hmar_mega.kernels.scale_block_backward import backward_kernel, delta_kernel
 from hmar_mega.kernels.scale_block_forward import forward_kernel, key_norm_kernel
 from hmar_mega.kernels.scale_block_fp8 import FP8_BELOW_LIMIT, fp8_forward_kernel, quantise_kernel
-from hmar_mega.kernels.tiles import key_tables, query_tables, shifts
+from hmar_mega.kernels.tiles import FP8_KEYS, key_tables, query_tables, shifts
 from hmar_mega.scales import Pattern, ScaleSchedule
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -99,18 +99,30 @@ def scale_block_attention(
     Raises:
         ValueError: shapes, dtypes or devices that the kernels do not take.
     """
-    check_inputs(qkv_NB3HD, q_scale_H, schedule, fp8_below)
+    check_inputs(qkv_NB3HD, q_scale_H, schedule)
+    if fp8_below:
+        check_fp8(qkv_NB3HD, schedule, pattern, fp8_below)
     causal = pattern == "block_causal"
     out = _forward(qkv_NB3HD.contiguous(), q_scale_H.float(), list(schedule.patch_nums), causal, fp8_below)
     return out[0].flatten(2)
 
 
-def check_inputs(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, fp8_below: float = 0.0) -> None:
-    """Raise ValueError unless the kernels take these."""
-    if not 0 <= fp8_below <= FP8_BELOW_LIMIT:
+def check_fp8(qkv: Tensor, schedule: ScaleSchedule, pattern: Pattern, fp8_below: float) -> None:
+    """Raise ValueError unless the FP8 kernels take these and have something to do."""
+    if not 0 < fp8_below <= FP8_BELOW_LIMIT:
         raise ValueError(f"fp8_below is {fp8_below:g}; it must be from 0, for no FP8, to {FP8_BELOW_LIMIT:g}")
-    if fp8_below and qkv.dtype != torch.bfloat16:
+    if qkv.dtype != torch.bfloat16:
         raise ValueError(f"FP8 attention takes bfloat16, not {qkv.dtype}; set precision.compute=bf16")
+    most = schedule.num_tokens if pattern == "block_causal" else max(schedule.scale_lengths)
+    if most < FP8_KEYS:
+        raise ValueError(
+            f"FP8 attention is for tokens that see at least {FP8_KEYS} others, and with patch_nums "
+            f"{schedule.patch_nums} they see {most}; set precision.fp8=linears"
+        )
+
+
+def check_inputs(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule) -> None:
+    """Raise ValueError unless the kernels take these."""
     if qkv.ndim != 5 or qkv.shape[0] != schedule.num_tokens or qkv.shape[2] != 3:
         raise ValueError(f"qkv is {tuple(qkv.shape)}; it must be (N={schedule.num_tokens}, B, 3, H, D)")
     if qkv.dtype not in DTYPES:

@@ -31,10 +31,10 @@ UNIT, UNIT_EXPONENT = tl.constexpr(256.0), tl.constexpr(8.0)
 
 @triton.jit
 def to_e4m3(x, PRECISION: tl.constexpr):
-    """Float32 to the nearest e4m3; `interpreted` rounds to four bits first: Triton's interpreter cuts digits off."""
-    if PRECISION == "interpreted":
+    """Float32 to the nearest e4m3; `interpreted` rounds beforehand: Triton's interpreter cuts digits off."""
+    if PRECISION == "interpreted":  # to four bits, and below 2^-6 to multiples of 2^-9
         carried = x * (2.0**20 + 1.0)
-        x = carried - (carried - x)
+        x = tl.where(tl.abs(x) < 2.0**-6, (x + 1.5 * 2.0**14) - 1.5 * 2.0**14, carried - (carried - x))
     return x.to(tl.float8e4nv)
 
 

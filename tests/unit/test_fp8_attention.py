@@ -94,3 +94,18 @@ def test_training_without_fp8_attention_is_not_looked_at(engine: Any, theirs: di
     set_scale(engine, 0, 50.0, 1.0)
     choose_fp8_attention(engine)
     assert engine.model.bf16_attention == set()
+
+
+def test_own_kernels_choose_by_head_and_are_counted(
+    engine: Any, theirs: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    caplog.set_level(logging.INFO)
+    engine.model.training_backend, engine.dims.tp_rank = "triton_fp8", 0
+    set_scale(engine, 1, 9.9, 10.1)
+    theirs.update({"blocks.0.attn 1": [4.0, 30.0], "blocks.0.attn 0": [4.0, 4.0]})  # other heads, and a copy of ours
+    choose_fp8_attention(engine)
+    assert engine.model.bf16_attention == set()
+    assert caplog.messages == [
+        "step 7 | FP8 attention: 4 of 6 heads, those with a learned scale below 10; the largest is 30.0"
+    ]
