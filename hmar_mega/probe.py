@@ -1,4 +1,4 @@
-"""What this GPU really computes: fixed samples through Transformer Engine's kernels and our FP8 ones, against float32, over some steps.
+"""What this GPU really computes: fixed samples through TE's kernels and our FP8 ones, against float32, over some steps.
 
 A kernel that exists is not yet one that is right: TE's own FP8 attention was right in its first step and wrong from the
 second. So training with FP8 or `attention.backend=te` runs its kernels here first and refuses those that fail, and

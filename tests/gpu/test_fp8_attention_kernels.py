@@ -1,4 +1,4 @@
-"""The Triton attention kernels with FP8 products on a GPU, against float64: heads of small scales in FP8, others not."""
+"""The Triton attention kernels with FP8 products on a GPU, against float64: small scales in FP8, the others not."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from hmar_mega.model.attention import scale_block_attention as attend
 from hmar_mega.scales import Pattern, ScaleSchedule
 
 pytest.importorskip("triton")
-from hmar_mega.kernels.scale_block_attention import scale_block_attention  # noqa: E402
-from hmar_mega.kernels.scale_block_fp8 import FP8_BELOW  # noqa: E402
+from hmar_mega.kernels.scale_block_attention import scale_block_attention
+from hmar_mega.kernels.scale_block_fp8 import FP8_BELOW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
