@@ -72,7 +72,8 @@ def plan_for(schedule: ScaleSchedule, pattern: Pattern, dtype: torch.dtype, head
         return Plan(both, False, both, both)
     if head_dim > 64:
         both = Launch(64, 64, 4, 2, 8)
-        return Plan(both, schedule.num_tokens < 1500 and head_dim == 128, both, both)
+        inline = schedule.num_tokens < 1500 and head_dim == 128
+        return Plan(both, inline, both, both, Launch(128, 64, 8, 3, 8))
     if schedule.num_tokens < 1500:
         both = Launch(64, 32, 4, 3, 8, 168)
         return Plan(Launch(64, 64, 4, 3, 8, 128), True, both, both)
