@@ -45,6 +45,14 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return float((found.detach().double() - truth.detach()).norm() / truth.detach().norm())
 
 
+def scale_gradient_size(d_q: Tensor, q: Tensor, scale: float) -> float:
+    """Root of the summed squares of the terms of one head's scale gradient, from (…, D) of q and its gradient.
+
+    It is the sum over all rows of q̂·a: its terms are about as large as |a| ≈ |dq|·|q|/s, and cancel.
+    """
+    return float((d_q.norm(dim=-1) * q.norm(dim=-1)).detach().norm() / scale)
+
+
 def attention_errors(
     schedule: ScaleSchedule, pattern: Pattern, dtype: torch.dtype, head_dim: int, batch: int, device: str, backend: str
 ) -> list[dict[str, float]]:
@@ -74,8 +82,7 @@ def attention_errors(
         errors = {"out": relative(out.view(by_head)[:, :, h], truth.view(by_head)[:, :, h])}
         for i, name in enumerate(("dq", "dk", "dv")):
             errors[name] = relative(d_qkv[:, :, i, h], d_exact[:, :, i, h])
-        # The sum over all rows of q̂·a: its terms are about as large as |a| ≈ |dq|·|q|/s, and cancel.
-        size = float((d_exact[:, :, 0, h].norm(dim=-1) * exact[:, :, 0, h].norm(dim=-1)).detach().norm() / s)
+        size = scale_gradient_size(d_exact[:, :, 0, h], exact[:, :, 0, h], s)
         errors["scale"] = abs(float(d_scale[h].double() - d_exact_scale[h])) / size
         found.append(errors)
     return found

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import poisoned_memory, relative
+from kernel_checks import SCALE_TOLERANCE, poisoned_memory, relative, scale_gradient_size
 from torch import Tensor
 
+from hmar_mega.kernels import tiles
 from hmar_mega.model.attention import scale_block_attention as attend
 from hmar_mega.scales import Pattern, ScaleSchedule
 
@@ -64,19 +65,34 @@ def test_fp8_heads_are_what_the_rounding_makes_of_them(pattern: Pattern, head_di
         out = scale_block_attention(qkv, q_scale, SCHEDULE, pattern, FP8_BELOW)
         gradient, scale_gradient = torch.autograd.grad(out, (qkv, q_scale), incoming)
     without = scale_block_attention(qkv, q_scale, SCHEDULE, pattern)
-    assert torch.equal(out[: LARGE.start], without[: LARGE.start])
-    assert torch.equal(out[..., -head_dim:], without[..., -head_dim:])
+    assert relative(out[: LARGE.start], without[: LARGE.start].double()) < 2e-3  # norms may be summed in another order
+    assert relative(out[..., -head_dim:], without[..., -head_dim:].double()) < 2e-3
     for head, scale in enumerate(Q_SCALE[:2]):
         found = out[LARGE, 0, head * head_dim : (head + 1) * head_dim]
-        assert relative(found, by_hand(qkv[:, 0, :, head : head + 1].detach().cpu(), scale, pattern).to(DEVICE)) < 1e-2
-        assert relative(found, without[LARGE, 0, head * head_dim : (head + 1) * head_dim]) > 1e-2
+        assert relative(found, by_hand(qkv[:, 0, :, head : head + 1].detach().cpu(), scale, pattern).to(DEVICE)) < 2e-2
+        assert relative(found, without[LARGE, 0, head * head_dim : (head + 1) * head_dim]) > 2e-2
 
     exact, exact_scale = (x.detach().double().requires_grad_() for x in (qkv, q_scale))
     truth = attend(exact, exact_scale, SCHEDULE, pattern, "reference")
     wanted, wanted_scale = torch.autograd.grad(truth, (exact, exact_scale), incoming.double())
     for part in range(3):
         assert relative(gradient[:, :, part], wanted[:, :, part]) < 3e-2
-    assert relative(scale_gradient, wanted_scale) < 0.3
+    for head, scale in enumerate(Q_SCALE):
+        size = scale_gradient_size(wanted[:, :, 0, head], exact[:, :, 0, head], scale)
+        assert abs(float(scale_gradient[head] - wanted_scale[head])) < SCALE_TOLERANCE[torch.bfloat16] * size
+
+
+@pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
+def test_rows_hold_every_position_once_and_walks_begin_at_blocks(pattern: Pattern) -> None:
+    schedule = ScaleSchedule((1, 2, 3, 5, 8, 9, 17))
+    for tables in (f(schedule, pattern, 128, 64, "cpu") for f in (tiles.key_tables, tiles.query_tables)):
+        assert tables.row_length % 64 == 0
+        held = tables.positions[tables.positions < schedule.num_tokens]
+        assert held.tolist() == list(range(schedule.num_tokens))
+        assert torch.equal(tables.positions[tables.places.long()], torch.arange(schedule.num_tokens).int())
+    for tile in tiles.key_tiles(schedule, pattern, 128, 64):
+        assert (tile.low + tile.shift) % 64 == 0
+        assert (tile.edge - tile.low) % 64 == 0
 
 
 @pytest.mark.parametrize(
