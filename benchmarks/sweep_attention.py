@@ -18,7 +18,9 @@ import torch
 from triton.testing import do_bench
 
 import hmar_mega.kernels.scale_block_attention as kernels
+from hmar_mega.kernels import tiles
 from hmar_mega.kernels.scale_block_attention import Launch, Plan
+from hmar_mega.kernels.scale_block_fp8 import FP8_BELOW
 from hmar_mega.model.attention import scale_block_attention as reference
 from hmar_mega.scales import PATCH_NUMS, ScaleSchedule
 
@@ -43,6 +45,11 @@ BACKWARD = [
     (64, 32, 4, 3, 168), (128, 64, 8, 2, None), (128, 32, 8, 2, None), (128, 32, 8, 3, 128), (64, 128, 8, 2, None),
     (128, 128, 8, 1, None), (128, 32, 4, 2, None),
 ]  # fmt: skip
+#: Forward with FP8 products, every head of the table's scale, with the pass before.
+FP8 = [
+    (64, 64, 4, 2, None), (64, 64, 4, 3, None), (64, 64, 4, 4, None), (64, 64, 4, 3, 128), (128, 64, 8, 2, None),
+    (128, 64, 8, 3, None), (128, 64, 4, 3, None), (64, 128, 4, 2, None), (128, 128, 8, 2, None), (128, 128, 8, 3, None),
+]  # fmt: skip
 
 
 def plans(group: int) -> dict[str, Plan]:
@@ -59,7 +66,17 @@ def plans(group: int) -> dict[str, Plan]:
         found[f"B both {name}"] = Plan(base, True, own, own)
         found[f"B keys {name}"] = Plan(base, True, own, other)
         found[f"B queries {name}"] = Plan(base, True, other, own)
+    for block, inner, warps, stages, registers in FP8:
+        name = f"FP8 {block} {inner} {warps}w {stages}s r{registers}"
+        found[name] = Plan(base, False, base, base, Launch(block, inner, warps, stages, group, registers))
     return found
+
+
+def align(plan: Plan) -> None:
+    """Let scales start in rows where a step of the FP8 kernel may start."""
+    tiles.ALIGNMENT = max(64, plan.fp8.inner)
+    for table in (tiles.key_tables, tiles.query_tables):
+        table.cache_clear()
 
 
 def measure(row: str, group: int, warm: tuple[int, int] | None) -> list[dict[str, object]]:
@@ -69,25 +86,28 @@ def measure(row: str, group: int, warm: tuple[int, int] | None) -> list[dict[str
     qkv = torch.randn(schedule.num_tokens, batch, 3, heads, 64, device="cuda", dtype=torch.bfloat16)
     scale = torch.full((heads,), 4.0, device="cuda")
     d_out = torch.randn(schedule.num_tokens, batch, heads, 64, device="cuda", dtype=torch.bfloat16)
-    found = []
+    found, causal = [], pattern == "block_causal"
     one = qkv[:, :1].contiguous()
     truth = reference(one.float(), scale, schedule, pattern, "sdpa")
     for number, (name, plan) in enumerate(plans(group).items()):
         if warm is not None and number % warm[1] != warm[0]:
             continue
         kernels.plan_for = lambda *_, plan=plan: plan
+        align(plan)
+        fp8_below = FP8_BELOW if name.startswith("FP8") else 0.0
+        forward = partial(kernels._forward, q_scale=scale, patch_nums=list(schedule.patch_nums), causal=causal,
+                          fp8_below=fp8_below)  # fmt: skip
         try:
-            out, rows = kernels._forward(one, scale, list(schedule.patch_nums), pattern == "block_causal")
+            out, rows = forward(one)
             error = float((out.flatten(2).float() - truth).norm() / truth.norm())
-            causal = pattern == "block_causal"
-            out, rows = kernels._forward(qkv, scale, list(schedule.patch_nums), causal)
+            out, rows = forward(qkv)
             arguments = (d_out, qkv, scale, out, rows, list(schedule.patch_nums), causal)
             kernels._backward(*arguments)
             torch.cuda.synchronize()
             if warm is not None:
                 continue
             if name.startswith("F"):
-                call = partial(kernels._forward, qkv, scale, list(schedule.patch_nums), causal)
+                call = partial(forward, qkv)
             else:
                 parts = kernels._backward_launches(plan)
                 wanted = {"both": parts, "keys": parts[:1], "queries": parts[-1:]}[name.split()[1]]
@@ -107,7 +127,7 @@ ORIGINAL = kernels._backward_launches
 
 
 def main() -> None:
-    """Measure what the command line asks for."""
+    """Measure the rows that are asked for and print the best configurations of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--groups", default="8")
@@ -122,7 +142,7 @@ def main() -> None:
             if args.warm:
                 continue
             here = [f for f in found if f["row"] == row and f["group"] == group]
-            for kind in ("F", "B both", "B keys", "B queries"):
+            for kind in ("F ", "FP8", "B both", "B keys", "B queries"):
                 ranked = sorted((f for f in here if f["name"].startswith(kind) and "ms" in f), key=lambda f: f["ms"])
                 print(row, group, " | ".join(f"{f['name']} {f['ms']:.3f}" for f in ranked[: args.best]), flush=True)
             for f in here:

@@ -265,7 +265,7 @@ class ParallelConfig(Section):
     )
     context_parallel: int = Field(1, ge=1)
     zero_stage: int = Field(1, ge=0, le=3, description="1 shards optimizer states, 2 also gradients, 3 also weights")
-    cuda_graphs: bool = Field(True, description="replay the blocks as CUDA graphs in training, where they can be")
+    cuda_graphs: bool = Field(False, description="replay the blocks as CUDA graphs in training, where they can be")
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="in the backward pass: selective: norms, GELU and what attention copies; full: whole blocks"
     )

@@ -71,17 +71,17 @@ class PrecisionConfig(Section):
                     f"{tensor_parallel} tensor-parallel ranks, not {size}; change it or parallel.tensor_parallel, or "
                     "set precision.fp8=none"
                 )
-        if self.fp8 == "linears":
+        if self.fp8 == "linears" or backend == "triton":  # the own kernels take every pattern and their head dims
             return
         if pattern != "block_diagonal":
             raise ValueError(
-                f"fp8={self.fp8}: FP8 attention exists for attention.pattern=block_diagonal, not {pattern}; set "
-                "precision.fp8=linears"
+                f"fp8={self.fp8}: Transformer Engine's FP8 attention is for attention.pattern=block_diagonal, not "
+                f"{pattern}; set model.attention.backend=triton, or precision.fp8=linears"
             )
         if backend not in ("auto", "te"):
             raise ValueError(
-                f"fp8={self.fp8} is attention.backend=te, not {backend}; set model.attention.backend=te, or "
-                "precision.fp8=linears"
+                f"fp8={self.fp8} is attention.backend=te or triton, not {backend}; set model.attention.backend to one "
+                "of them, or precision.fp8=linears"
             )
         if head_dim > FP8_HEAD_DIM or (head_dim != FP8_HEAD_DIM and not self.fp8_pad_head_dim):
             way = "model.heads to width/128 (such a model cannot load the published weights)"
@@ -89,5 +89,5 @@ class PrecisionConfig(Section):
                 way = f"precision.fp8_pad_head_dim=true (zero-padded, at the cost of the padding), or {way}"
             raise ValueError(
                 f"fp8={self.fp8}: cuDNN trains FP8 attention at head_dim {FP8_HEAD_DIM}, and this model has "
-                f"{head_dim}; set {way}, or precision.fp8=linears"
+                f"{head_dim}; set {way}, or model.attention.backend=triton (own kernels), or precision.fp8=linears"
             )

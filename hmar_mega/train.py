@@ -164,7 +164,7 @@ def build_model(config: Config, layers: Any, stage: Stage | None = None) -> HMAR
     )  # fmt: skip
     model.set_recompute(config.parallel.recompute)
     if config.precision.fp8 == "linears_and_attention":
-        model.training_backend = "te_fp8"
+        model.training_backend = "triton_fp8" if config.model.attention.backend == "triton" else "te_fp8"
     if config.stage.name == "masked":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("mask_"))

@@ -31,6 +31,9 @@ TOLERANCE: Tolerance = {
 #: to the same side.
 INTERPRETED_TOLERANCE = TOLERANCE | {torch.bfloat16: ((1.2e-2, 4e-2), (1.2e-2, 8e-2))}
 
+#: The same where products of the forward pass are made in FP8, up to a scale of 10.
+FP8_TOLERANCE = (6e-2, 2e-2)
+
 #: Largest error of the scale's gradient, relative to the root of the summed squares of its rows' terms.
 SCALE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
 
@@ -71,6 +74,14 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return float((found.detach().double() - truth.detach()).norm() / truth.detach().norm())
 
 
+def scale_gradient_size(d_q: Tensor, q: Tensor, scale: float) -> float:
+    """Root of the summed squares of the terms of one head's scale gradient, from (…, D) of q and its gradient.
+
+    It is the sum over all rows of q̂·a: its terms are about as large as |a| ≈ |dq|·|q|/s, and cancel.
+    """
+    return float((d_q.norm(dim=-1) * q.norm(dim=-1)).detach().norm() / scale)
+
+
 def attention_errors(
     schedule: ScaleSchedule,
     pattern: Pattern,
@@ -107,8 +118,7 @@ def attention_errors(
         errors = {"out": relative(out.view(by_head)[:, :, h], truth.view(by_head)[:, :, h])}
         for i, name in enumerate(("dq", "dk", "dv")):
             errors[name] = relative(d_qkv[:, :, i, h], d_exact[:, :, i, h])
-        # The sum over all rows of q̂·a: its terms are about as large as |a| ≈ |dq|·|q|/s, and cancel.
-        size = float((d_exact[:, :, 0, h].norm(dim=-1) * exact[:, :, 0, h].norm(dim=-1)).detach().norm() / s)
+        size = scale_gradient_size(d_exact[:, :, 0, h], exact[:, :, 0, h], s)
         errors["scale"] = abs(float(d_scale[h].double() - d_exact_scale[h])) / size
         found.append(errors)
     return found
@@ -119,10 +129,15 @@ def assert_close(
     dtype: torch.dtype,
     tolerance: Tolerance = TOLERANCE,
     q_scales: tuple[float, ...] = Q_SCALES,
+    fp8_below: float = 0.0,
 ) -> None:
-    """Fail, naming head and gradient, unless every error is within the dtype's tolerance; NaN never is."""
+    """Fail, naming head and gradient, unless every error is within the dtype's tolerance; NaN never is.
+
+    Heads of a smaller scale than `fp8_below` have that of FP8, and must show that they were computed in it.
+    """
     for s, errors in zip(q_scales, found, strict=True):
-        out, gradient = tolerance[dtype][s > 20]
+        out, gradient = FP8_TOLERANCE if s < fp8_below else tolerance[dtype][s > 20]
+        assert s >= fp8_below or errors["out"] > 1e-2, f"scale {s}: {errors['out']:.2e} is too good for FP8"
         limits = {"out": out, "dq": gradient, "dk": gradient, "dv": gradient, "scale": SCALE_TOLERANCE[dtype]}
         for name, error in errors.items():
             assert error <= limits[name], f"scale {s}: {name} is off by {error:.2e}, allowed {limits[name]:.0e}"

@@ -19,7 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hmar_mega.kernels.scale_block_backward import backward_kernel, delta_kernel
 from hmar_mega.kernels.scale_block_forward import forward_kernel, key_norm_kernel
-from hmar_mega.kernels.tiles import key_tables, query_tables, shifts
+from hmar_mega.kernels.scale_block_fp8 import FP8_BELOW_LIMIT, fp8_forward_kernel, quantise_kernel
+from hmar_mega.kernels.tiles import FP8_KEYS, key_tables, query_tables, shifts
 from hmar_mega.scales import Pattern, ScaleSchedule
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,12 +55,14 @@ class Plan:
         forward: of the forward kernel.
         inline_norm: compute 1/|k| where a key is used (head dims that are powers of two); else by a kernel before.
         keys, queries: of the backward kernel's two halves; the same object: one launch does both.
+        fp8: of the forward kernel with FP8 products; `inner` divides `tiles.ALIGNMENT`.
     """
 
     forward: Launch
     inline_norm: bool
     keys: Launch
     queries: Launch
+    fp8: Launch = Launch(128, 64, 4, 3, 8)
 
 
 def plan_for(schedule: ScaleSchedule, pattern: Pattern, dtype: torch.dtype, head_dim: int) -> Plan:
@@ -69,14 +72,17 @@ def plan_for(schedule: ScaleSchedule, pattern: Pattern, dtype: torch.dtype, head
         return Plan(both, False, both, both)
     if head_dim > 64:
         both = Launch(64, 64, 4, 2, 8)
-        return Plan(both, schedule.num_tokens < 1500 and head_dim == 128, both, both)
+        inline = schedule.num_tokens < 1500 and head_dim == 128
+        return Plan(both, inline, both, both, Launch(128, 64, 8, 3, 8))
     if schedule.num_tokens < 1500:
         both = Launch(64, 32, 4, 3, 8, 168)
         return Plan(Launch(64, 64, 4, 3, 8, 128), True, both, both)
     return Plan(Launch(128, 64, 4, 3, 8), False, Launch(64, 64, 4, 2, 8), Launch(64, 64, 4, 2, 8, 168))
 
 
-def scale_block_attention(qkv_NB3HD: Tensor, q_scale_H: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
+def scale_block_attention(
+    qkv_NB3HD: Tensor, q_scale_H: Tensor, schedule: ScaleSchedule, pattern: Pattern, fp8_below: float = 0.0
+) -> Tensor:
     """Attention within each scale, or over it and all earlier ones, of L2-normalised q (times a scale) and k.
 
     Args:
@@ -84,6 +90,8 @@ def scale_block_attention(qkv_NB3HD: Tensor, q_scale_H: Tensor, schedule: ScaleS
         q_scale_H: (H,) linear scale of the normalised queries, at most 100; computed in float32.
         schedule: of N tokens.
         pattern: which scales a token sees.
+        fp8_below: heads of a smaller `q_scale_H` make their products in FP8, forward, where tokens see at least
+            `tiles.FP8_KEYS`; bfloat16 inputs alone. `scale_block_fp8.FP8_BELOW` is what its errors allow; 0: no head.
 
     Returns:
         (N, B, H·D) in the dtype of `qkv`; accumulated in float32. Gradients of both tensors are exact functions of the
@@ -93,8 +101,25 @@ def scale_block_attention(qkv_NB3HD: Tensor, q_scale_H: Tensor, schedule: ScaleS
         ValueError: shapes, dtypes or devices that the kernels do not take.
     """
     check_inputs(qkv_NB3HD, q_scale_H, schedule)
-    out = _forward(qkv_NB3HD.contiguous(), q_scale_H.float(), list(schedule.patch_nums), pattern == "block_causal")
+    if fp8_below:
+        check_fp8(qkv_NB3HD, schedule, pattern, fp8_below)
+    causal = pattern == "block_causal"
+    out = _forward(qkv_NB3HD.contiguous(), q_scale_H.float(), list(schedule.patch_nums), causal, fp8_below)
     return out[0].flatten(2)
+
+
+def check_fp8(qkv: Tensor, schedule: ScaleSchedule, pattern: Pattern, fp8_below: float) -> None:
+    """Raise ValueError unless the FP8 kernels take these and have something to do."""
+    if not 0 < fp8_below <= FP8_BELOW_LIMIT:
+        raise ValueError(f"fp8_below is {fp8_below:g}; it must be from 0, for no FP8, to {FP8_BELOW_LIMIT:g}")
+    if qkv.dtype != torch.bfloat16:
+        raise ValueError(f"FP8 attention takes bfloat16, not {qkv.dtype}; set precision.compute=bf16")
+    most = schedule.num_tokens if pattern == "block_causal" else max(schedule.scale_lengths)
+    if most < FP8_KEYS:
+        raise ValueError(
+            f"FP8 attention is for tokens that see at least {FP8_KEYS} others, and with patch_nums "
+            f"{schedule.patch_nums} they see {most}; set precision.fp8=linears"
+        )
 
 
 def check_inputs(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule) -> None:
@@ -128,8 +153,10 @@ def precision() -> str:
 
 
 @torch.library.custom_op("hmar_mega::scale_block_attention", mutates_args=())
-def _forward(qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool) -> tuple[Tensor, Tensor]:
-    """Output (N, B, H, D) and, for the backward pass, log2-sum, 1/|q| and 1/|k| as one (3, B, H, N) float32."""
+def _forward(
+    qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool, fp8_below: float
+) -> tuple[Tensor, Tensor]:
+    """Output (N, B, H, D) and, for the backward pass, log2-sum, 1/|q| and 1/|k|: one (3, B, H, row length) float32."""
     schedule, pattern = _problem(patch_nums, causal)
     tokens, batch, _, heads, dim = qkv.shape
     plan = plan_for(schedule, pattern, qkv.dtype, dim)
@@ -139,24 +166,54 @@ def _forward(qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool) 
     rows = _new_rows(qkv, 3, tables.row_length)
     lse, q_norm, k_norm = rows
     shape = _shape_arguments(qkv)
+    inline_norm = plan.inline_norm and not fp8_below
     with _device(qkv):
-        if not plan.inline_norm:
+        if fp8_below:
+            _launch_fp8(qkv, q_scale, out, rows, plan.fp8, schedule, pattern, fp8_below)
+        elif not inline_norm:
             key_norm_kernel[(triton.cdiv(tokens, 64) * batch * heads,)](
                 qkv, k_norm, tables.places, tokens, rows.shape[-1], batch, heads, BLOCK_M=64, **shape
             )
-        for kind, programs in _forward_launches(qkv.dtype, len(tables.tiles), batch * heads):
+        for kind, programs in _forward_launches(qkv.dtype, len(tables.tiles), batch * heads, fp8_below):
             forward_kernel[(programs,)](
                 qkv, _blocks(qkv, launch.inner), _line_blocks(k_norm, launch.inner), q_scale, out, lse, q_norm, k_norm,
-                tables.tiles, tables.seen, len(tables.tiles), tokens, rows.shape[-1], batch, heads,
+                tables.tiles, tables.seen, fp8_below, len(tables.tiles), tokens, rows.shape[-1], batch, heads,
                 BLOCK_M=launch.block, BLOCK_J=launch.inner, HEAD_GROUP=_divisor(heads, launch.head_group), HEADS=kind,
-                INLINE_NORM=plan.inline_norm, PRECISION=precision(), num_warps=launch.warps, num_stages=launch.stages,
+                INLINE_NORM=inline_norm, PRECISION=precision(), num_warps=launch.warps, num_stages=launch.stages,
                 maxnreg=launch.registers, **shape,
             )  # fmt: skip
     return out, rows
 
 
+def _launch_fp8(
+    qkv: Tensor, q_scale: Tensor, out: Tensor, rows: Tensor, launch: Launch, schedule: ScaleSchedule, pattern: Pattern,
+    fp8_below: float,
+) -> None:  # fmt: skip
+    """Norms of all keys into `rows`; output and rows of what is computed in FP8."""
+    tokens, batch, _, heads, dim = qkv.shape
+    lse, q_norm, k_norm = rows
+    tables = key_tables(schedule, pattern, launch.block, launch.inner, qkv.device)
+    length, blocks = tables.row_length, tables.row_length // launch.inner
+    keys = qkv.new_empty(batch * heads * length, dim, dtype=torch.float8_e4m3fn)
+    values = qkv.new_empty(batch * heads * dim, length, dtype=torch.float8_e4m3fn)
+    exponents = lse.new_empty(batch * heads, blocks)
+    shape = _shape_arguments(qkv)
+    quantise_kernel[(blocks * batch * heads,)](
+        qkv, q_scale, k_norm, keys, values, exponents, tables.positions, fp8_below, tokens, length, batch, heads,
+        BLOCK=launch.inner, PRECISION=precision(), **shape,
+    )  # fmt: skip
+    key_rows = TensorDescriptor.from_tensor(keys, [launch.inner, shape["BLOCK_D"]])
+    value_rows = TensorDescriptor.from_tensor(values, [shape["BLOCK_D"], launch.inner])
+    fp8_forward_kernel[(len(tables.tiles) * batch * heads,)](
+        qkv, key_rows, value_rows, exponents, q_scale, out, lse, q_norm, tables.tiles, tables.seen, fp8_below,
+        len(tables.tiles), tokens, length, batch, heads, BLOCK_M=launch.block, BLOCK_J=launch.inner,
+        BLOCKS=triton.next_power_of_2(blocks), HEAD_GROUP=_divisor(heads, launch.head_group), PRECISION=precision(),
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers, **shape,
+    )  # fmt: skip
+
+
 @_forward.register_fake
-def _(qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, q_scale: Tensor, patch_nums: list[int], causal: bool, fp8_below: float) -> tuple[Tensor, Tensor]:
     tokens, batch, _, heads, dim = qkv.shape
     _, length = shifts(*_problem(patch_nums, causal))
     return qkv.new_empty(tokens, batch, heads, dim), _new_rows(qkv, 3, length)
@@ -204,15 +261,15 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv, q_scale, ctx.patch_nums, ctx.causal = inputs
+    qkv, q_scale, ctx.patch_nums, ctx.causal, _ = inputs
     ctx.save_for_backward(qkv, q_scale, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+def _differentiate(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     qkv, q_scale, out, rows = ctx.saved_tensors
     d_qkv, d_scale = _backward(d_out, qkv, q_scale, out, rows, ctx.patch_nums, ctx.causal)
-    return d_qkv, d_scale, None, None
+    return d_qkv, d_scale, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
@@ -243,11 +300,11 @@ def _shape_arguments(qkv: Tensor) -> dict[str, int]:
     return {"D": dim, "BLOCK_D": triton.next_power_of_2(dim)}
 
 
-def _forward_launches(dtype: torch.dtype, tiles: int, sequences: int) -> list[tuple[str, int]]:
+def _forward_launches(dtype: torch.dtype, tiles: int, sequences: int, fp8_below: float) -> list[tuple[str, int]]:
     """Kinds of heads, and programs, of each launch. float16's exponents are too few for weights without a maximum."""
     if dtype == torch.float16:
         return [("all", tiles * sequences)]
-    return [("flat", tiles * sequences), ("steep", sequences)]
+    return [("flat_beside_fp8" if fp8_below else "flat", tiles * sequences), ("steep", sequences)]
 
 
 def _backward_launches(plan: Plan) -> list[tuple[Launch, dict[str, bool]]]:

@@ -11,6 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hmar_mega.kernels import tiles as tables
+
+#: `tiles.FP8_KEYS`, for kernels.
+FP8_KEYS = tl.constexpr(tables.FP8_KEYS)
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 #: As `torch.nn.functional.normalize` (eps of the norm).
@@ -55,6 +60,13 @@ def place(pid, num_tiles, heads, HEAD_GROUP: tl.constexpr):
     tile, rest = rest % num_tiles, rest // num_tiles
     groups = heads // HEAD_GROUP
     return tile, rest // groups, (rest % groups) * HEAD_GROUP + local
+
+
+@triton.jit
+def in_fp8(tiles, tile, scale, fp8_below):
+    """Whether the tile of a head with this scale is computed in FP8 (`scale_block_fp8`)."""
+    keys = tl.load(tiles + tile * 6 + 4) - tl.load(tiles + tile * 6 + 2)
+    return (scale < fp8_below) & (keys >= FP8_KEYS)
 
 
 @triton.jit
@@ -141,14 +153,14 @@ def forward_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    qkv, qkv_rows, k_rows, q_scale, out, lse, q_norm, k_norm, tiles, seen, num_tiles, tokens, row_length, batch, heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, HEAD_GROUP: tl.constexpr,
-    HEADS: tl.constexpr, INLINE_NORM: tl.constexpr, PRECISION: tl.constexpr,
+    qkv, qkv_rows, k_rows, q_scale, out, lse, q_norm, k_norm, tiles, seen, fp8_below, num_tiles, tokens, row_length,
+    batch, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
+    HEAD_GROUP: tl.constexpr, HEADS: tl.constexpr, INLINE_NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries of one sample and head: one tile of them, or all tiles where HEADS is `steep`.
 
     HEADS: `all` with a running maximum; `flat`: with a fixed one, those whose scale allows it; `steep`: the others, of
-    which there are few.
+    which there are few; `flat_beside_fp8`: of the flat ones what is not computed in FP8 (`in_fp8`).
 
     qkv (N, B, 3, H, D) contiguous, and `qkv_rows`, its descriptor (N, B·3·H·D) with blocks (BLOCK_J, BLOCK_D); q_scale
     (H,) float32; out (N, B, H, D); lse, q_norm, k_norm (B, H, row_length) float32: log2 of the softmax's sum, 1/|q|,
@@ -167,7 +179,10 @@ def forward_kernel(
     else:
         tile, sample, head = place(tl.program_id(0), num_tiles, heads, HEAD_GROUP)
         scale = tl.load(q_scale + head)
-        if HEADS == "all" or scale < FIXED_MAX_BELOW:
+        own = True if HEADS == "all" else scale < FIXED_MAX_BELOW
+        if HEADS == "flat_beside_fp8":
+            own = own & (in_fp8(tiles, tile, scale, fp8_below) == 0)
+        if own:
             forward_tile(
                 qkv, qkv_rows, k_rows, scale, out, lse, q_norm, k_norm, tiles, seen, tile, sample, head, tokens,
                 row_length, batch, heads, D, BLOCK_D, BLOCK_M, BLOCK_J, HEADS == "all", INLINE_NORM, PRECISION,

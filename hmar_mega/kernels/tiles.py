@@ -18,8 +18,15 @@ from hmar_mega.scales import Pattern, ScaleSchedule
 #: Consecutive small scales of up to so many positions together share a tile, whatever the block.
 PACK = 64
 
-#: Float32 values that the GPU's copy engine can start reading at: 16 bytes.
-ALIGNMENT = 4
+#: Places of a row at which a scale's values may start. The GPU's copy engine reads from multiples of 16 bytes, and a
+#: block of FP8 keys and values, which has an exponent of its own, must be a step of every walk.
+ALIGNMENT = 64
+
+#: Float32 values in 16 bytes.
+WORDS = 4
+
+#: Fewest keys that a tile must see to be computed in FP8 at heads where that is right.
+FP8_KEYS = 256
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def runs(schedule: ScaleSchedule, block: int) -> list[tuple[int, int, int, int]]
 def shifts(schedule: ScaleSchedule, pattern: Pattern) -> tuple[list[int], int]:
     """How far the rows of values of each scale are moved up, and how long a row is with that.
 
-    Kernels keep numbers of every query and key (log-sums, norms) in rows that the copy engine reads from aligned places
+    Kernels keep numbers of every query and key (log-sums, norms, FP8 values) in rows that are read from aligned places
     alone. A walk over block-diagonal positions starts where its scales start: these places are moved up to `ALIGNMENT`.
     """
     if pattern == "block_causal":
@@ -113,7 +120,7 @@ def query_tiles(schedule: ScaleSchedule, pattern: Pattern, block: int, inner: in
             low, high = own, schedule.offsets[last + 1]
             unmasked = low if first == last else high
         else:  # queries of the last own scale and of later ones see every own key
-            low, high = own // ALIGNMENT * ALIGNMENT, schedule.num_tokens
+            low, high = own // WORDS * WORDS, schedule.num_tokens
             unmasked = schedule.offsets[last]
         edge = min(high, low + -(-(unmasked - low) // inner) * inner)
         tiles.append(Tile(start, stop, low, edge, high, moved[first]))
@@ -128,12 +135,14 @@ class Tables:
         tiles: (T, 6) int32, the fields of `Tile`.
         seen: (N, 2) int32, first and past-last position of the own ones' counterparts, for element masks.
         places: (N,) int32, where each position's value is in a row.
-        row_length: of such rows.
+        positions: (row_length,) int32, which position's value is at a place; N in the gaps.
+        row_length: of such rows, a multiple of `ALIGNMENT`.
     """
 
     tiles: Tensor
     seen: Tensor
     places: Tensor
+    positions: Tensor
     row_length: int
 
 
@@ -166,5 +175,7 @@ def _tables(
     moved, length = shifts(schedule, pattern)
     seen = torch.tensor([low, high], dtype=torch.int32).T[levels].contiguous()
     places = (torch.arange(len(levels)) + torch.tensor(moved)[levels]).int()
+    positions = torch.full((length,), len(levels), dtype=torch.int32)
+    positions[places.long()] = torch.arange(len(levels), dtype=torch.int32)
     rows = torch.tensor([(t.start, t.stop, t.low, t.edge, t.high, t.shift) for t in tiles], dtype=torch.int32)
-    return Tables(rows.to(device), seen.to(device), places.to(device), length)
+    return Tables(rows.to(device), seen.to(device), places.to(device), positions.to(device), length)

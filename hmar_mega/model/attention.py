@@ -22,7 +22,7 @@ from hmar_mega.scales import Pattern, ScaleSchedule
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["auto", "reference", "sdpa", "triton", "te", "te_fp8"]
+Backend = Literal["auto", "reference", "sdpa", "triton", "triton_fp8", "te", "te_fp8"]
 
 
 def scale_block_attention(
@@ -36,8 +36,9 @@ def scale_block_attention(
         schedule: the scales; N must be its number of tokens.
         pattern: which scales a token sees.
         backend: `reference` (dense mask, any device, the truth in tests), `sdpa` (one fused call a scale), `triton`
-            (own kernels, GPU), `te` (Transformer Engine, one variable-length call), `te_fp8` (its larger scales in
-            FP8) or `auto`, the fastest that takes the inputs.
+            (own kernels, GPU), `triton_fp8` (forward products of larger scales in FP8 at heads of a small q_scale),
+            `te` (Transformer Engine, one variable-length call), `te_fp8` (its larger scales in FP8) or `auto`, the
+            fastest that takes the inputs.
 
     Returns:
         (N, B, H·D) in the dtype of `qkv`.
@@ -88,6 +89,13 @@ def _triton(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Patt
     return kernels.scale_block_attention(qkv, q_scale, schedule, pattern)
 
 
+def _triton_fp8(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
+    from hmar_mega.kernels import scale_block_attention as kernels
+    from hmar_mega.kernels.scale_block_fp8 import FP8_BELOW
+
+    return kernels.scale_block_attention(qkv, q_scale, schedule, pattern, FP8_BELOW)
+
+
 def _te(qkv: Tensor, q_scale: Tensor, schedule: ScaleSchedule, pattern: Pattern) -> Tensor:
     from hmar_mega.model.attention_te import te_attention  # needs CUDA to be imported
 
@@ -104,6 +112,7 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor, ScaleSchedule, Pattern], Tensor]]
     "reference": _reference,
     "sdpa": _sdpa,
     "triton": _triton,
+    "triton_fp8": _triton_fp8,
     "te": _te,
     "te_fp8": _te_fp8,
 }
@@ -164,7 +173,7 @@ class SequenceAttention:
 
     def keeps_copies(self, qkv_NB3HD: Tensor) -> bool:
         """Every backend does but the own kernels."""
-        return chosen_backend(qkv_NB3HD, self.backend) != "triton"
+        return chosen_backend(qkv_NB3HD, self.backend) not in ("triton", "triton_fp8")
 
 
 @dataclass

@@ -221,8 +221,11 @@ FP8_ATTENTION = ["precision.fp8=linears_and_attention", "model.heads=8"]  # head
         (["precision.fp8=linears", "model.width=56", "model.heads=7"], "multiple of 16 on each of the 1 tensor"),
         (["precision.fp8=linears_and_attention"], "set precision.fp8_pad_head_dim=true (zero-padded"),
         (["precision.fp8=linears_and_attention", "model.heads=4"], "this model has 256; set model.heads to width/128"),
-        ([*FP8_ATTENTION, "model.attention.pattern=block_causal"], "not block_causal; set precision.fp8=linears"),
-        ([*FP8_ATTENTION, "model.attention.backend=sdpa"], "set model.attention.backend=te, or precision.fp8=linears"),
+        (
+            [*FP8_ATTENTION, "model.attention.pattern=block_causal"],
+            "not block_causal; set model.attention.backend=",
+        ),
+        ([*FP8_ATTENTION, "model.attention.backend=sdpa"], "is attention.backend=te or triton, not sdpa"),
         (["model.attention.backend=te", "model.attention.pattern=block_causal"], "use another backend, such as sdpa"),
     ],
 )
@@ -236,6 +239,11 @@ def test_combinations_that_cannot_work_are_refused(overrides: list[str], words: 
         FP8_ATTENTION,
         ["precision.fp8=linears_and_attention", "precision.fp8_pad_head_dim=true", "model.attention.backend=te"],
         ["precision.fp8=linears", "parallel.tensor_parallel=4", "model.attention.pattern=block_causal"],
+        [
+            "precision.fp8=linears_and_attention",
+            "model.attention.backend=triton",
+            "model.attention.pattern=block_causal",
+        ],
     ],
 )
 def test_what_fp8_can_compute_is_accepted(overrides: list[str]) -> None:

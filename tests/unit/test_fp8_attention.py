@@ -13,10 +13,13 @@ import torch
 import torch.distributed as dist
 
 from hmar_mega.config import ModelConfig
+from hmar_mega.config_io import load_config
 from hmar_mega.fp8_attention import choose_fp8_attention
 from hmar_mega.model import attention
 from hmar_mega.model.hmar import HMAR
+from hmar_mega.model.layers_torch import TorchLayers
 from hmar_mega.scales import ScaleSchedule
+from hmar_mega.train import build_model
 
 
 @pytest.fixture
@@ -94,3 +97,31 @@ def test_training_without_fp8_attention_is_not_looked_at(engine: Any, theirs: di
     set_scale(engine, 0, 50.0, 1.0)
     choose_fp8_attention(engine)
     assert engine.model.bf16_attention == set()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "backend"),
+    [
+        (["precision.fp8=linears_and_attention", "model.attention.backend=triton"], "triton_fp8"),
+        (["precision.fp8=linears_and_attention", "precision.fp8_pad_head_dim=true"], "te_fp8"),
+        (["precision.fp8=linears", "model.attention.backend=triton"], "triton"),
+    ],
+)
+def test_the_attention_backend_decides_whose_fp8_attention_trains(overrides: list[str], backend: str) -> None:
+    config = load_config(None, ["model.depth=2", "model.width=64", "model.heads=1", "model.mask_layers=1", *overrides])
+    assert build_model(config, TorchLayers()).training_backend == backend
+
+
+def test_own_kernels_choose_by_head_and_are_counted(
+    engine: Any, theirs: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    caplog.set_level(logging.INFO)
+    engine.model.training_backend, engine.dims.tp_rank = "triton_fp8", 0
+    set_scale(engine, 1, 9.9, 10.1)
+    theirs.update({"blocks.0.attn 1": [4.0, 30.0], "blocks.0.attn 0": [4.0, 4.0]})  # other heads, and a copy of ours
+    choose_fp8_attention(engine)
+    assert engine.model.bf16_attention == set()
+    assert caplog.messages == [
+        "step 7 | FP8 attention: 4 of 6 heads, those with a learned scale below 10; the largest is 30.0"
+    ]
