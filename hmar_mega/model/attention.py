@@ -162,6 +162,10 @@ class SequenceAttention:
         backend: Backend = "te" if self.backend == "te_fp8" and layer in self.bf16_layers else self.backend
         return scale_block_attention(qkv_NB3HD, q_scale_H, self.schedule, self.pattern, backend)
 
+    def keeps_copies(self, qkv_NB3HD: Tensor) -> bool:
+        """All but the own kernels keep normalised q and k."""
+        return chosen_backend(qkv_NB3HD, self.backend) != "triton"
+
 
 @dataclass
 class ScaleAttention:
