@@ -69,8 +69,9 @@ def test_the_json_has_the_model_its_layouts_and_the_reason(capsys: pytest.Captur
     assert best == found["layouts"][0]
     parts = best["bytes"]
     held = sum(parts[p] for p in ("weights", "gradients", "optimizer", "ema", "tokenizer"))
-    moving = sum(parts[p] for p in ("activations", "logits", "buffers"))
-    assert parts["peak"] == max(held + max(moving, parts["step"]), parts["start"])
+    assert parts["graphs"] > 0
+    moving = max(parts["logits"] + parts["buffers"], parts["step"])
+    assert parts["peak"] == max(held + parts["activations"] + parts["graphs"] + moving, parts["start"])
     assert "fastest of" in found["why"]
     assert found["assumptions"]
     assert load_config("train/d16-256", best["overrides"]).parallel.zero_stage == best["layout"]["zero"]
