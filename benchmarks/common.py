@@ -115,6 +115,22 @@ def laps(step: Callable[[int], object], count: int, device: torch.device) -> Tim
     return Timing.of([before.elapsed_time(after) for before, after in pairwise(events)])
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that the run needed since the last reset of the peak; None without a GPU.
+
+    CUDA graphs keep their activations' memory between replays, when none of it counts as allocated: it is added.
+    """
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) + idle_graph_memory(torch.cuda.memory_snapshot())
+
+
+def idle_graph_memory(segments: Sequence[dict[str, Any]]) -> int:
+    """Bytes of `torch.cuda.memory_snapshot()` that lie in the pools of CUDA graphs, allocated to no tensor."""
+    own = [segment for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in own)
+
+
 @dataclass(frozen=True)
 class Limits:
     """What this machine reached in this run: a large matrix product in bf16, and a copy, reads and writes counted."""

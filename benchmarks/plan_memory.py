@@ -6,7 +6,7 @@
 Every row runs in a process of its own: the engine as training builds it, with the whole tokenizer on the device, and
 random tokens. Before timing, losses and gradients must be finite, the first loss that of an untrained model, and
 weights and optimizer states exactly as planned. Then at least ten steps are timed one by one, and
-torch.cuda.max_memory_allocated is read over them. Writes FOLDER/plan_memory.json, which
+the peak of memory is read over them (`common.peak_memory`). Writes FOLDER/plan_memory.json, which
 `hmar-mega plan --calibration` reads, and FOLDER/plan_memory.md.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import peak_memory
 from torch import Tensor
 
 #: (configuration, settings): what the default run measures, for a GPU of 80 GB.
@@ -108,7 +109,7 @@ def measure(name: str, overrides: list[str], steps: int) -> dict[str, Any]:
     config = load_config(name, overrides)
     with parallel_world(config) as dims:
         cluster_name = cluster_of(dims.device)
-        work, layout = Workload.of(config), Layout.of(config, 1)
+        work, layout = Workload.of(config, load_cluster(cluster_name).device), Layout.of(config, 1)
         plan = plan_layout(work, layout, load_cluster(cluster_name).resized(1))
         torch.manual_seed(0)
         tokenizer = MultiScaleVQVAE(config.tokenizer, config.schedule.scales).to(dims.device).eval()
@@ -146,7 +147,7 @@ def measure(name: str, overrides: list[str], steps: int) -> dict[str, Any]:
             "device": torch.cuda.get_device_name(dims.device) if cuda else "cpu",
             "torch": torch.__version__,
             "checks": checks,
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "peak_bytes": peak_memory(dims.device),
             "planned_bytes": plan.memory.training,
             "parts": {key: value for key, value in vars(plan.memory).items()},
             "step_s": seconds,

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Timing, add_output_options, describe, laps, machine, markdown_table, write_results
+from common import Timing, add_output_options, describe, laps, machine, markdown_table, peak_memory, write_results
 from plan_memory import TINY
 
 #: Untimed steps before timed ones.
@@ -162,7 +162,7 @@ def measure(name: str, overrides: list[str], who: str, steps: int, profile: str 
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         timing = laps(lambda number: train_step(given[WARM_UP_STEPS + number]), steps, device)
-        peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        peak_bytes = peak_memory(device)
         images, parameters = config.data.global_batch_size, sum(p.numel() for p in model.parameters())
         rate = 1e3 * images / timing.median
         flops, peak = rate * train_flops_per_image(config), device_peak(device)

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hmar_mega.kernels import HEAD_DIMS
 from hmar_mega.kernels.scale_block_backward import backward_kernel, delta_kernel
 from hmar_mega.kernels.scale_block_forward import forward_kernel, key_norm_kernel
 from hmar_mega.kernels.scale_block_fp8 import FP8_BELOW_LIMIT, fp8_forward_kernel, quantise_kernel
@@ -24,7 +25,6 @@ from hmar_mega.kernels.tiles import FP8_KEYS, key_tables, query_tables, shifts
 from hmar_mega.scales import Pattern, ScaleSchedule
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_DIMS = (32, 64, 96, 128)
 
 
 @dataclass(frozen=True)

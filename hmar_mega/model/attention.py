@@ -126,7 +126,8 @@ def _choose(device: str, dtype: torch.dtype, head_dim: int) -> str:
     elif importlib.util.find_spec("triton") is None:
         chosen, why = "sdpa", "one fused call a scale; the own kernels need Triton, which is not installed"
     else:
-        from hmar_mega.kernels.scale_block_attention import DTYPES, HEAD_DIMS
+        from hmar_mega.kernels import HEAD_DIMS
+        from hmar_mega.kernels.scale_block_attention import DTYPES
 
         if dtype in DTYPES and head_dim in HEAD_DIMS:
             chosen, why = "triton", "own kernels, normalisation and scale included"

@@ -60,6 +60,13 @@ def bias_gelu(x: Tensor, bias_C: Tensor | None) -> Tensor:
     return F.gelu(x if bias_C is None else x + bias_C, approximate="tanh")
 
 
+def gelu_input(x: Tensor, bias_C: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What `bias_gelu` is to take so that it keeps nothing else: in plain torch GELU keeps the sum, not x."""
+    if bias_C is None or fused(x.device.type, x.dtype):
+        return x, bias_C
+    return x + bias_C, None
+
+
 def shortened(x: Tensor, length: int) -> Tensor:
     """The first `length` rows; x itself where it has no more, since the gradient of a slice is a copy."""
     return x if x.shape[0] == length else x[:length]
@@ -74,7 +81,7 @@ def recomputed(value: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
     """
 
     def pack(kept: Tensor) -> Any:
-        same = kept.untyped_storage().data_ptr() == place and kept.numel() == size and kept.is_contiguous()
+        same = kept.untyped_storage()._cdata == storage and kept.numel() == size and kept.is_contiguous()
         return (compute, kept.shape) if same else kept
 
     def unpack(packed: Any) -> Tensor:
@@ -85,7 +92,8 @@ def recomputed(value: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
             again: Tensor = function().view(shape)
         return again
 
-    place, size = value.untyped_storage().data_ptr(), value.numel()
+    # not the address: tensors without memory, in which a step is traced, have none
+    storage, size = value.untyped_storage()._cdata, value.numel()
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 

@@ -40,16 +40,28 @@ def attach_graphs(model: Any, config: Config, device: str, data_parallel: int) -
 def why_not(config: Config, device: str) -> str | None:
     """Why the blocks cannot be captured; None when they can."""
     parallel = config.parallel
+    return why_not_model(config, device) or why_not_layout(
+        parallel.pipeline_parallel, parallel.tensor_parallel, parallel.zero_stage
+    )
+
+
+def why_not_layout(pipeline_parallel: int, tensor_parallel: int, zero_stage: int) -> str | None:
+    """Why blocks laid out so cannot be captured; None when they can."""
+    if pipeline_parallel > 1:
+        return "several micro-batches of a pipeline are under way at once, a graph holds one"
+    if tensor_parallel > 1:
+        return "with tensor_parallel > 1 blocks communicate"
+    if zero_stage == 3:
+        return "ZeRO-3 gathers weights between the blocks"
+    return None
+
+
+def why_not_model(config: Config, device: str) -> str | None:
+    """Why the blocks cannot be captured in any layout; None when they can in some."""
     if device != "cuda":
         return f"they need a CUDA GPU, not {device}"
-    if not parallel.cuda_graphs:
+    if not config.parallel.cuda_graphs:
         return "parallel.cuda_graphs=false"
-    if parallel.pipeline_parallel > 1:
-        return "several micro-batches of a pipeline are under way at once, a graph holds one"
-    if parallel.tensor_parallel > 1:
-        return "with tensor_parallel > 1 blocks communicate"
-    if parallel.zero_stage == 3:
-        return "ZeRO-3 gathers weights between the blocks"
     if config.precision.fp8 != "none":
         return "Transformer Engine's FP8 scales change between micro-batches"
     if config.model.attention.backend not in ("auto", "triton", "sdpa"):

@@ -22,6 +22,7 @@ from hmar_mega.model.elementwise import (
     bias_gelu,
     gated_residual,
     gated_residual_norm,
+    gelu_input,
     modulated_norm,
     recomputed,
     shortened,
@@ -79,7 +80,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_NBC: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, B, C) → (N, B, C) and the bias that is still to be added."""
-        before, bias = self.fc1(x_NBC, apart=True)
+        before, bias = gelu_input(*self.fc1(x_NBC, apart=True))
         hidden = bias_gelu(before, bias)
         with _kept(hidden, self.recompute, bias_gelu, before, bias):
             return self.fc2(hidden, apart=True)

@@ -107,7 +107,7 @@ def make_report(
     from hmar_mega.planning.workload import Workload
 
     steps = rates.STEPS if calibration_file is None else rates.read_steps(calibration_file)
-    factor, work = calibration(steps), Workload.of(config)
+    factor, work = calibration(steps), Workload.of(config, cluster.device)
     plans = ranked(config, cluster, factor)
     found = best_of(plans, cluster, config.data.global_batch_size)
     own, problem = None, ""
@@ -134,6 +134,7 @@ def make_report(
         why=reason(found.plan, plans, cluster) if found.plan is not None else _nothing(found.why_not, cluster),
         factor=factor,
         fp8=config.precision.fp8,
+        work=work,
         calibration=f"predicted from kernel rates × {factor:.2f}, the median of measured / predicted of {len(steps)} "
         f"measured step{'s' if len(steps) > 1 else ''} ({'; '.join(sorted({s.source for s in steps}))})",
         curves=project(config, cluster, factor) if scaling else [],
@@ -146,7 +147,7 @@ def _too_much(own: Plan, best: Plan | None, cluster: Cluster) -> str:
 
     parts = {
         n: getattr(own.memory, n)
-        for n in ("weights", "gradients", "optimizer", "fp8", "activations", "logits", "buffers")
+        for n in ("weights", "gradients", "optimizer", "fp8", "activations", "logits", "graphs", "buffers")
     }
     largest = max(parts, key=lambda n: parts[n])
     words = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -23,6 +23,7 @@ class Cluster(Section):
     """Nodes of equal GPUs. Rates are per GPU and, for links, in one direction."""
 
     name: str = ""
+    device: Literal["cuda", "cpu"] = Field("cuda", description="cuda: fused kernels and graphs; cpu: plain torch")
     gpu: str = Field(description="name of the GPU, as in a sentence")
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(8, ge=1)

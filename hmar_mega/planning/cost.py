@@ -14,18 +14,34 @@ import math
 from dataclasses import dataclass
 
 from hmar_mega.model.stage import split_layers
+from hmar_mega.planning.activations import graphed
 from hmar_mega.planning.cluster import Cluster
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.memory import stage_state
-from hmar_mega.planning.rates import FP8_LINEAR_TIME, attention_seconds
-from hmar_mega.planning.tensors import rank_runs
+from hmar_mega.planning.rates import FP8_LINEAR_TIME, FUSED_REACH, attention_seconds, own_attention_seconds
+from hmar_mega.planning.tensors import rank_parameters, rank_runs
 from hmar_mega.planning.workload import Workload
 
 #: Bytes read and written a position and channel by a block's operations between products and attention kernels, in bf16
-#: (each operation of layer.py and attention.py reads its inputs and writes its output once): forward pass, outside and
-#: inside the tensor-parallel regions. The backward pass moves about 2.5 times as much.
+#: (each operation of layer.py and attention.py reads its inputs and writes its output once) in plain torch: forward
+#: pass, outside and inside the tensor-parallel regions. The backward pass moves about 2.5 times as much.
 TRAFFIC_OUTER, TRAFFIC_ATTENTION, TRAFFIC_HIDDEN = 52.0, 72.0, 8.0
 BACKWARD_TRAFFIC = 2.5
+
+#: The same by the fused kernels, (forward, backward): norm, residual with norm, residual, and the sum of the two
+#: gradients of a block's input; bias and GELU. The own attention kernels have their bytes in their time.
+FUSED_OUTER, FUSED_HIDDEN = (18.0, 30.0), (4.0, 6.0)
+
+#: What selective recomputation moves again outside: both norms.
+FUSED_NORMS, TRAFFIC_NORMS = 8.0, 24.0
+
+#: Bytes read and written a logit: by torch in float32, and by the own kernel, in the compute format's bytes, in the
+#: forward pass and its repetition, for the gradient and for its sum over positions.
+TRAFFIC_LOGIT, FUSED_LOGIT = 40.0, 5.0
+
+#: Seconds a trained tensor of the small operations of clipping, accumulation and update beside their bytes: profiled
+#: steps on an H100 took 15 ms (d16, 7.4 of bytes, 220 tensors) and 32 ms (d24, 24.6 of bytes, 324 tensors).
+TENSOR_SECONDS = 30e-6
 
 #: What the host takes under ZeRO-3 to gather, release and reduce the parameters of a layer, in the forward and backward
 #: pass of a micro-batch: d16, 256 px, batch 32 on one H100 took 357 ms a step (benchmarks/results/plan_memory.md).
@@ -39,7 +55,8 @@ TRAFFIC_SLICE = 3 * (2 + 6)
 ZERO3_OVERLAP = 0.5
 
 #: PyTorch operations of a block's forward pass beside the attention kernels, and of the head; twice that backward.
-BLOCK_OPERATIONS, HEAD_OPERATIONS = 45, 20
+#: The fused kernels and the own attention make few of many.
+BLOCK_OPERATIONS, FUSED_BLOCK_OPERATIONS, HEAD_OPERATIONS = 45, 25, 20
 BACKWARD_OPERATIONS = 2.0
 
 
@@ -199,7 +216,6 @@ def _stage(work: Workload, layout: Layout, cluster: Cluster, rank: int) -> _Stag
     numbers = [number for run in mine for number in runs[run].layers]
     head, layers, t = len(runs) - 1 in mine, len(numbers), layout.tensor
     width, positions = work.width, work.tokens * layout.micro_batch
-    local = -(-work.tokens // layout.sequence_parts) * layout.micro_batch
     rate = (cluster.fp32_tflops if e == 4 else cluster.bf16_tflops) * 1e12
 
     # of FP8 products, as many bf16 ones as take their time
@@ -213,27 +229,66 @@ def _stage(work: Workload, layout: Layout, cluster: Cluster, rank: int) -> _Stag
     # chunked cross-entropy computes a chunk's logits again in the backward pass
     products = (forward + weight + inputs + (2.0 * positions * vocabulary if head else 0.0)) / rate
 
-    flops = 4.0 * layout.micro_batch * width / t * work.pairs
-    one = attention_seconds(flops, work.scales, rate / 1e12, backward=False)
-    back = attention_seconds(flops, work.scales, rate / 1e12, backward=True)
-    repeats = 1 if layout.recompute == "none" else 2
-    attention = layers * (repeats * one + back)
+    attention = layers * _attention(work, layout, cluster, rate)
+    elementwise = layers * _elementwise(work, layout, cluster)
+    if head:
+        one = FUSED_LOGIT * e if work.fused and t == 1 else TRAFFIC_LOGIT
+        elementwise += positions * work.vocabulary / t * one / (cluster.memory_gb_per_s * 1e9)
 
-    outer = local * width * TRAFFIC_OUTER
-    inner = positions * (width * TRAFFIC_ATTENTION + work.hidden * TRAFFIC_HIDDEN) / t
-    core = positions * width * TRAFFIC_ATTENTION / t
-    moved = (outer + inner) * (1 + BACKWARD_TRAFFIC)
-    if work.backend == "sdpa":
-        moved += positions * width * TRAFFIC_SLICE * work.scales / t
-    moved += {"none": 0.0, "selective": core, "full": outer + inner}[layout.recompute]
-    logits = positions * work.vocabulary / t * 40 if head else 0.0
-    elementwise = (layers * moved * e / 2 + logits) / (cluster.memory_gb_per_s * 1e9)
-
-    operations = (BLOCK_OPERATIONS * layers + (HEAD_OPERATIONS if head else 0)) * (1 + BACKWARD_OPERATIONS + again)
+    block_operations = FUSED_BLOCK_OPERATIONS if work.fused else BLOCK_OPERATIONS
+    started = 0 if graphed(work, layout) else block_operations * layers
+    operations = (started + (HEAD_OPERATIONS if head else 0)) * (1 + BACKWARD_OPERATIONS + again)
     starting = operations * cluster.launch_us * 1e-6 + (layers * ZERO3_HOST_SECONDS if layout.zero == 3 else 0.0)
     # attention_seconds has the host's time for its calls already
     host = max(0.0, starting - products - elementwise)
     return _Stage(layers, head, products, attention, elementwise, host, weight / rate)
+
+
+def _attention(work: Workload, layout: Layout, cluster: Cluster, rate: float) -> float:
+    """Seconds of attention in one block of a micro-batch, forward and backward, with what is recomputed.
+
+    Args:
+        rate: of matrix products, FLOP/s.
+    """
+    flops = 4.0 * layout.micro_batch * work.width / layout.tensor * work.pairs
+    if work.backend == "triton":
+        size = work.tokens * layout.micro_batch * work.width * work.element / layout.tensor
+        forward, backward = (
+            own_attention_seconds(flops, size, rate / 1e12, cluster.memory_gb_per_s, way) for way in (False, True)
+        )
+        again = layout.recompute == "full"
+    else:
+        forward, backward = (attention_seconds(flops, work.scales, rate / 1e12, way) for way in (False, True))
+        again = layout.recompute != "none"
+    return forward * (1 + again) + backward
+
+
+def _elementwise(work: Workload, layout: Layout, cluster: Cluster) -> float:
+    """Seconds of what lies between products and attention kernels in one block of a micro-batch, forward and backward,
+    with what is recomputed."""
+    inside = work.tokens * layout.micro_batch / layout.tensor
+    outside = -(-work.tokens // layout.sequence_parts) * layout.micro_batch
+    bandwidth = cluster.memory_gb_per_s * 1e9 / (work.element / 2)  # the constants are bytes in bf16
+    hidden = inside * work.hidden
+    if work.fused:
+        forward, backward = (
+            outside * work.width * outer + hidden * inner
+            for outer, inner in zip(FUSED_OUTER, FUSED_HIDDEN, strict=True)
+        )
+        norms, activation = FUSED_NORMS, FUSED_HIDDEN[0]
+        bandwidth *= FUSED_REACH
+    else:
+        forward = outside * work.width * TRAFFIC_OUTER + hidden * TRAFFIC_HIDDEN
+        backward = BACKWARD_TRAFFIC * forward
+        norms, activation = TRAFFIC_NORMS, TRAFFIC_HIDDEN
+    selective = outside * work.width * norms + hidden * activation
+    if work.backend != "triton":
+        around = inside * work.width * TRAFFIC_ATTENTION
+        forward, backward, selective = forward + around, backward + BACKWARD_TRAFFIC * around, selective + around
+    if work.backend == "sdpa":
+        backward += inside * work.width * TRAFFIC_SLICE * work.scales
+    again = {"none": 0.0, "selective": selective, "full": forward}
+    return (forward + backward + again[layout.recompute]) / bandwidth
 
 
 def _tensor(work: Workload, layout: Layout, cluster: Cluster, stage: _Stage) -> tuple[float, float]:
@@ -290,7 +345,7 @@ def _data(work: Workload, layout: Layout, cluster: Cluster, busy: float) -> tupl
 
 
 def _update(work: Workload, layout: Layout, cluster: Cluster) -> float:
-    """Seconds of clipping and AdamW: bytes read and written by the elements that each touches."""
+    """Seconds of clipping and AdamW: bytes read and written by the elements that each touches, and small operations."""
     e = work.element
     state = stage_state(work, layout, 0)
     adam = state.owned * (16 + 12 + 4 + e + (12 if work.ema else 0))
@@ -298,4 +353,6 @@ def _update(work: Workload, layout: Layout, cluster: Cluster) -> float:
     norm_clip_clear = gradients * 4 * (1 + 2 + 1)
     reduction = state.trained * 2 * (4 + e)
     accumulation = layout.accumulation * gradients * (8 + e)
-    return (adam + norm_clip_clear + reduction + accumulation) / (cluster.memory_gb_per_s * 1e9)
+    moved = (adam + norm_clip_clear + reduction + accumulation) / (cluster.memory_gb_per_s * 1e9)
+    tensors = sum(p.trained for p in rank_parameters(work, layout.tensor, layout.pipeline, layout.virtual))
+    return moved + tensors * TENSOR_SECONDS

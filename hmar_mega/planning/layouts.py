@@ -115,7 +115,7 @@ def ranked(config: Config, cluster: Cluster, factor: float = 1.0) -> list[Plan]:
 
     Of every (tensor, sequence, pipeline, virtual, ZeRO) only the best recomputation and micro-batch is kept.
     """
-    work = Workload.of(config)
+    work = Workload.of(config, cluster.device)
     best: dict[tuple[int, bool, int, int, int], Plan] = {}
     enough: tuple[object, ...] = ()
     for layout in legal_layouts(config, cluster):
@@ -177,7 +177,7 @@ def calibration(steps: tuple[MeasuredStep, ...] = STEPS) -> float:
     ratios = []
     for step in steps:
         config, cluster = load_config(step.config, step.overrides), load_cluster(step.cluster).resized(1)
-        predicted = cost_of(Workload.of(config), Layout.of(config, 1), cluster)
+        predicted = cost_of(Workload.of(config, cluster.device), Layout.of(config, 1), cluster)
         ratios.append(predicted.images_per_s / step.images_per_s)
     return time_factor(ratios)
 

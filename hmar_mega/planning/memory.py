@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from hmar_mega.model.hmar import LOGITS_CHUNK_BYTES
-from hmar_mega.planning.activations import activation_bytes
+from hmar_mega.planning.activations import activation_bytes, graph_bytes
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.tensors import rank_parameters
 from hmar_mega.planning.workload import ELEMENT, Workload
@@ -52,7 +52,8 @@ class Memory:
         fp8: copies of the weights of FP8 linears.
         ema: moving average of the weights.
         tokenizer: the VQ-VAE that turns tokens into inputs and draws sample grids.
-        activations, logits: at the worst moment of the backward pass.
+        activations, logits: at the worst moment of the backward pass; with CUDA graphs, of the blocks and of the head.
+        graphs: what CUDA graphs hold for good beside the activations; 0 without them.
         buffers: gradient buckets and gathered weights during forward and backward passes.
         step: transient tensors of reduction and update, when activations are gone.
         start: the whole float32 model (of a tensor- and pipeline-parallel rank) before the engine lays it out.
@@ -66,6 +67,7 @@ class Memory:
     tokenizer: float
     activations: float
     logits: float
+    graphs: float
     buffers: float
     step: float
     start: float
@@ -77,7 +79,12 @@ class Memory:
 
     @property
     def training(self) -> float:
-        """What `torch.cuda.max_memory_allocated` should say of steps after the first."""
+        """What steps after the first need: `torch.cuda.max_memory_allocated`, and the unused part of graphs' memory.
+
+        Graphs lend their memory to nothing else, so that the update cannot have it when activations are gone.
+        """
+        if self.graphs:
+            return self.state + self.activations + self.graphs + max(self.logits + self.buffers, self.step)
         return self.state + max(self.activations + self.logits + self.buffers, self.step)
 
     @property
@@ -155,6 +162,7 @@ def memory_of(work: Workload, layout: Layout, pipeline_rank: int, chunk: int | N
         tokenizer=4 * work.tokenizer,
         activations=activations,
         logits=logits,
+        graphs=graph_bytes(work, layout),
         buffers=_buffers(compute, layout, state),
         step=_step_bytes(compute, layout, state),
         start=4 * (state.total + work.tokenizer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -55,6 +56,21 @@ CALL_FLOOR_MS = (0.0571, 0.1206)
 #: Work of the backward pass by that of the forward pass: five matrix products for two.
 BACKWARD_WORK = 2.5
 
+#: (heads, tokens, pairs of a head, ms of a layer): forward and backward of the own attention kernels, head dim 64,
+#: bf16, in profiled training steps of d16 (batch 64) and d24 (batch 32) at 256 px on an H100.
+OWN_ATTENTION = ((64 * 16, 680, 110_468, 13.4 / 16), (32 * 24, 680, 110_468, 15.3 / 24))
+
+#: Rates of that H100: matrix product in TFLOP/s, as above, and copy in GB/s, read plus written.
+OWN_ATTENTION_GPU = (778.0, 3027.0)
+
+#: Elements a channel and position that the own attention reads and writes: packed projection in and output out; both,
+#: the output's gradient in, and the projection's gradient out.
+OWN_ATTENTION_TRAFFIC = (4, 8)
+
+#: Share of the copy rate at which the fused kernels of AdaLN, residuals and GELU move their bytes: profiled steps as
+#: above, 22.5 ms for 16 layers of d16 (0.92) and 27.8 ms for 24 of d24 (0.84).
+FUSED_REACH = 0.88
+
 
 #: ((rows, in, out), ms of TE's FP8 linear, ms of bf16's), forward and backward, of the same GPU, with TE 2.11.0: from
 #: the measurements this project was designed on. Weights were converted in every call, training does it once a step.
@@ -90,6 +106,33 @@ def attention_seconds(flops: float, calls: int, tflops: float, backward: bool) -
     return max(floor, work / (rate * tflops / ATTENTION_GPU_TFLOPS))
 
 
+def own_attention_seconds(flops: float, size: float, tflops: float, gb_per_s: float, backward: bool) -> float:
+    """Time of the own attention kernels of one layer: of moving their bytes and of their products, one after the other,
+    times what the measured shapes took by that.
+
+    Args:
+        flops: forward FLOPs, 4·D a pair and head.
+        size: bytes of the attention's output.
+        tflops, gb_per_s: matrix-product and copy rate of the GPU.
+        backward: the backward pass.
+    """
+    moved = size * OWN_ATTENTION_TRAFFIC[backward] / (gb_per_s * 1e9)
+    products = flops * (BACKWARD_WORK if backward else 1.0) / (tflops * 1e12)
+    return (moved + products) * _own_attention_factor()
+
+
+@cache
+def _own_attention_factor() -> float:
+    """Measured time by that of bytes and products at full rate: the median of the measured shapes."""
+    tflops, gb_per_s = OWN_ATTENTION_GPU
+    ratios = []
+    for heads, tokens, pairs, milliseconds in OWN_ATTENTION:
+        moved = 2 * 64 * heads * tokens * sum(OWN_ATTENTION_TRAFFIC) / (gb_per_s * 1e9)
+        products = 4 * 64 * heads * pairs * (1 + BACKWARD_WORK) / (tflops * 1e12)
+        ratios.append(milliseconds * 1e-3 / (moved + products))
+    return median(ratios)
+
+
 def _achieved(row: AttentionRow, backward: bool) -> float:
     work = row.flops_per_call * row.scales
     return work * BACKWARD_WORK / (row.backward_ms * 1e-3) if backward else work / (row.forward_ms * 1e-3)
@@ -123,26 +166,21 @@ class MeasuredStep:
     source: str
 
 
-MEASURED_ON = "one H100, torch 2.11.0+cu130, attention sdpa (benchmarks/results/plan_memory.md)"
+MEASURED_ON = (
+    "GPU-busy time of profiled steps on one H100, torch 2.11.0+cu130, own kernels, before CUDA graphs and the own "
+    "cross-entropy"
+)
 
 #: Steps of this repository's engine; predictions are multiplied by the median of measured / predicted.
 STEPS = tuple(
-    MeasuredStep(name, (*settings, "precision.compute=bf16"), "h100", images, MEASURED_ON)
-    for name, settings, images in (
-        ("train/d16-256", ("data.global_batch_size=64", "data.micro_batch_size=64"), 167.6),
-        ("train/d16-256", ("data.global_batch_size=64", "data.micro_batch_size=64", "parallel.recompute=full"), 135.4),
-        (
-            "train/d16-256",
-            ("data.global_batch_size=64", "data.micro_batch_size=64", "parallel.recompute=selective"),
-            155.8,
-        ),
-        (
-            "train/d24-256",
-            ("data.global_batch_size=32", "data.micro_batch_size=32", "parallel.recompute=selective"),
-            63.4,
-        ),
-        ("train/d24-512", ("data.global_batch_size=8", "data.micro_batch_size=8"), 19.3),
+    MeasuredStep(
+        name,
+        (f"data.global_batch_size={batch}", f"data.micro_batch_size={batch}", "precision.compute=bf16"),
+        "h100",
+        batch / seconds,
+        MEASURED_ON,
     )
+    for name, batch, seconds in (("train/d16-256", 64, 0.1515), ("train/d24-256", 32, 0.2138))
 )
 
 

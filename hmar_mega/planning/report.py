@@ -17,12 +17,14 @@ from hmar_mega.planning.cluster import GIB, Cluster
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.layouts import Plan
 from hmar_mega.planning.scaling import WEAK_IMAGES, Curve, Point
+from hmar_mega.planning.workload import Workload
 
 #: Width of tables where there is no terminal to ask.
 WIDTH = 124
 
 MEMORY_PARTS = (
-    "weights", "gradients", "optimizer", "fp8", "ema", "tokenizer", "activations", "logits", "buffers", "step",
+    "weights", "gradients", "optimizer", "fp8", "ema", "tokenizer", "activations", "logits", "graphs", "buffers",
+    "step",
 )  # fmt: skip
 TIME_PARTS = (
     "products", "attention", "elementwise", "host", "tensor", "pipeline", "bubble", "data", "update",
@@ -34,7 +36,7 @@ WORDS = {
     "pipeline": "pipeline traffic", "data": "data-parallel traffic", "update": "clip + AdamW",
     "elementwise": "norms, elementwise", "step": "(reduction and update)", "ema": "moving average",
     "buffers": "buckets, gathered weights", "bubble": "pipeline bubble", "logits": "logits",
-    "fp8": "FP8 copies of weights",
+    "fp8": "FP8 copies of weights", "graphs": "tensors of CUDA graphs",
 }  # fmt: skip
 
 
@@ -52,6 +54,7 @@ class Report:
         best: the recommended one, or None when nothing fits.
         why: why that one, or why none.
         fp8: `precision.fp8`.
+        work: what is planned, with the kernels that it is planned with.
         calibration: one line about where times come from.
     """
 
@@ -67,6 +70,7 @@ class Report:
     why: str
     factor: float
     fp8: str
+    work: Workload
     calibration: str
     curves: list[Curve] = field(default_factory=list)
 
@@ -251,7 +255,21 @@ def _point_cells(curve: Curve, point: Point, cluster: Cluster) -> list[str]:
 def assumptions(report: Report) -> list[str]:
     """What the figures stand on."""
     c = report.cluster
-    logits = f"in chunks of {LOGITS_CHUNK_BYTES / 2**20:.0f} MiB"
+    chunk, graphs = f"{LOGITS_CHUNK_BYTES / 2**20:.0f} MiB", "blocks are not replayed as CUDA graphs"
+    kernels = f"plain torch, attention {report.work.backend}; logits are float32, in chunks of {chunk}"
+    if report.work.fused:
+        kernels = (
+            "the own kernels of AdaLN, residuals, GELU and, with the codebook on one rank, cross-entropy, on logits in "
+            f"the compute format in chunks of {chunk}; attention {report.work.backend}"
+        )
+    if report.work.graphs:
+        graphs = (
+            "without tensor and pipeline parallelism and ZeRO 3 blocks are replayed as CUDA graphs: their activations "
+            "and update take memory beside each other"
+        )
+    attention = "the measured times of SDPA called scale by scale, scaled with the matrix-product rate"
+    if report.work.backend == "triton":
+        attention = "the rate of the own kernels' bytes and products at two measured shapes"
     fp8 = []
     if report.fp8 != "none":
         least, most = rates.FP8_LINEAR_LEAST, rates.FP8_LINEAR_MOST
@@ -267,10 +285,10 @@ def assumptions(report: Report) -> list[str]:
         *fp8,
         "weights, gradients and optimizer are counted exactly as DeepSpeed 0.19.8 lays them; a GPU may allocate its "
         f"{c.memory_gib:g} GiB less {c.reserved_gib:g} for CUDA and NCCL and {c.fragmentation:.0%} lost to fragments",
-        f"activations: every tensor that autograd saves, by formula; logits are float32, {logits}; DeepSpeed's "
-        f"bucket of {memory.BUCKET_ELEMENTS / 1e6:.0f} M elements is there except under bf16 with ZeRO 1",
+        f"activations: every tensor that autograd saves, by formula, with {kernels}; {graphs}",
+        f"DeepSpeed's bucket of {memory.BUCKET_ELEMENTS / 1e6:.0f} M elements is there except under bf16 with ZeRO 1",
         f"matrix products at {c.bf16_tflops:g} TFLOP/s (peak {c.bf16_peak_tflops:g}), memory at {c.memory_gb_per_s:,g} "
-        "GB/s, attention at the measured times of SDPA called scale by scale, scaled with the matrix-product rate",
+        f"GB/s, attention at {attention}",
         f"links: {c.intra_node_gb_per_s:g} GB/s a GPU inside a node, {c.inter_node_gb_per_s:g} between nodes, latency "
         f"{c.intra_node_latency_us:g} and {c.inter_node_latency_us:g} µs; rings inside nodes, trees for latency",
         "ZeRO 1 and 2 reduce gradients without overlap; ZeRO 3 hides its traffic behind "

@@ -11,6 +11,8 @@ import torch
 
 from hmar_mega.config import Config, TokenizerConfig
 from hmar_mega.flops import train_flops_per_image
+from hmar_mega.kernels import HEAD_DIMS
+from hmar_mega.model.graphs import why_not_model
 from hmar_mega.scales import ScaleSchedule
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,9 @@ class Workload:
         tokens, scales, pairs: N, K and attended pairs of a sample and head.
         vocabulary, latents: V and Z.
         masked: stage 2: only the mask branch is trained.
+        backend: of attention; never `auto`.
+        fused: blocks, head and cross-entropy run on the project's own kernels.
+        graphs: blocks are replayed as CUDA graphs where the layout allows it.
         element: bytes of the compute format.
         fp8: the four large linears of a block are computed in FP8.
         tokenizer: parameters of the VQ-VAE, which every rank holds in float32.
@@ -49,6 +54,8 @@ class Workload:
     latents: int
     masked: bool
     backend: str
+    fused: bool
+    graphs: bool
     compute: str
     element: int
     ema: bool
@@ -57,10 +64,16 @@ class Workload:
     flops_per_image: float
 
     @classmethod
-    def of(cls, config: Config) -> Workload:
-        """Of a configuration."""
+    def of(cls, config: Config, device: str = "cuda") -> Workload:
+        """Of a configuration.
+
+        Args:
+            device: "cuda" for GPUs with Triton, on which the own kernels are taken as the model takes them, or "cpu".
+        """
         model, scales, tokenizer = config.model, config.schedule.scales, config.tokenizer
-        backend = model.attention.backend
+        fused, backend = device == "cuda", model.attention.backend
+        if backend == "auto":  # as `model.attention.chosen_backend`, which takes tensors
+            backend = "triton" if fused and model.head_dim in HEAD_DIMS else "sdpa"
         return cls(
             depth=model.depth,
             width=model.resolved_width,
@@ -75,7 +88,9 @@ class Workload:
             vocabulary=tokenizer.codebook_size,
             latents=tokenizer.latent_channels,
             masked=config.stage.name == "masked",
-            backend="sdpa" if backend == "auto" else backend,
+            backend=backend,
+            fused=fused,
+            graphs=why_not_model(config, device) is None,
             compute=config.precision.compute,
             element=ELEMENT[config.precision.compute],
             ema=getattr(config.optim, "ema_decay", None) is not None,

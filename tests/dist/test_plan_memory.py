@@ -63,7 +63,7 @@ def test_planned_activations_are_what_a_tensor_parallel_rank_saves(
     """Within 10 %, with Megatron-core's layers and enough tokens that biases and conditions do not count."""
     sizes = ("schedule.resolution=64", "schedule.patch_nums=[1,2,4,8,16]", "model.width=64", TENSOR)
     config = with_tokenizer(tiny_config(inputs, tmp_path, *sizes, *settings, "precision.compute=bf16"))
-    work, layout = Workload.of(config), Layout.of(config, 2)
+    work, layout = Workload.of(config, "cpu"), Layout.of(config, 2)
     head, logits = head_bytes(work, layout, chunk=None)
     planned = work.depth * block_bytes(work, layout).kept("none") + head + logits / LOGITS_COPIES
     for measured in run_ranks(2, saved_in_a_forward, config, layout.micro_batch):

@@ -69,7 +69,7 @@ def test_graphs_and_recomputation_change_nothing(inputs: Inputs, tmp_path: Path,
         train_on("cuda", tiny_config(inputs, tmp_path / "first", *settings, "stage.name=next_scale"))
         settings.append(f"run.init_from={tmp_path / 'first'}")
     plain = train_on("cuda", tiny_config(inputs, tmp_path / "plain", *settings, "parallel.cuda_graphs=false"))
-    settings.append(f"parallel.recompute={recompute}")
+    settings += [f"parallel.recompute={recompute}", "parallel.cuda_graphs=true"]
     replayed = train_on("cuda", tiny_config(inputs, tmp_path / "graphs", *settings))
     assert replayed.losses == pytest.approx(plain.losses, rel=1e-6)
     assert replayed.norms == pytest.approx(plain.norms, rel=1e-5)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import training
 from attention_table import ratios
-from common import Limits, Timing, markdown_table, relative_error
+from common import Limits, Timing, idle_graph_memory, markdown_table, relative_error
 from plain_model import PlainModel, PlainTrainer
 from plan_memory import TINY
 from profiles import group_of, kernels_of
@@ -46,6 +46,13 @@ def test_floors_are_bytes_or_flops_at_the_measured_limits(
     assert found["forward"] == {"ms": pytest.approx(forward, rel=0.05), "bound": bound}
     assert found["backward"] == {"ms": pytest.approx(backward, rel=0.05), "bound": bound}
     assert found["both"]["ms"] == pytest.approx(found["forward"]["ms"] + found["backward"]["ms"])
+
+
+def test_memory_that_graphs_keep_between_replays_is_counted() -> None:
+    def segment(pool: tuple[int, int], size: int, used: int) -> dict[str, Any]:
+        return {"segment_pool_id": pool, "total_size": size, "allocated_size": used}
+
+    assert idle_graph_memory([segment((0, 0), 100, 30), segment((0, 1), 50, 20), segment((0, 2), 8, 8)]) == 30
 
 
 def contender(name: str, kind: str, forward: float, backward: float) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def test_stages_of_a_pipeline_without_trained_parameters_need_almost_no_optimize
 
 
 def test_the_json_has_the_model_its_layouts_and_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan_json(capsys, "train/d16-256", "data.micro_batch_size=32", "--cluster", "h100-8x8", "--nodes", "1")
+    asked = ("train/d16-256", "data.micro_batch_size=32", "parallel.cuda_graphs=true")
+    found = plan_json(capsys, *asked, "--cluster", "h100-8x8", "--nodes", "1")
     assert found["model"]["parameters"] == 310_283_520
     assert found["cluster"]["gpus"] == 8
     assert found["own"]["plan"]["layout"]["micro_batch"] == 32
@@ -69,8 +70,9 @@ def test_the_json_has_the_model_its_layouts_and_the_reason(capsys: pytest.Captur
     assert best == found["layouts"][0]
     parts = best["bytes"]
     held = sum(parts[p] for p in ("weights", "gradients", "optimizer", "ema", "tokenizer"))
-    moving = sum(parts[p] for p in ("activations", "logits", "buffers"))
-    assert parts["peak"] == max(held + max(moving, parts["step"]), parts["start"])
+    assert parts["graphs"] > 0
+    moving = max(parts["logits"] + parts["buffers"], parts["step"])
+    assert parts["peak"] == max(held + parts["activations"] + parts["graphs"] + moving, parts["start"])
     assert "fastest of" in found["why"]
     assert found["assumptions"]
     assert load_config("train/d16-256", best["overrides"]).parallel.zero_stage == best["layout"]["zero"]
