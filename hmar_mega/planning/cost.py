@@ -40,7 +40,7 @@ FUSED_NORMS, TRAFFIC_NORMS = 8.0, 24.0
 TRAFFIC_LOGIT, FUSED_LOGIT = 40.0, 5.0
 
 #: Seconds a trained tensor of the small operations of clipping, accumulation and update beside their bytes: profiled
-#: steps on an H100 took 15 ms (d16, 7.4 of bytes, 220 tensors) and 32 ms (d24, 24.6 of bytes, 324 tensors).
+#: steps on an H100 took 15 ms (d16, 7.4 of bytes, 202 tensors) and 32 ms (d24, 24.6 of bytes, 298 tensors).
 TENSOR_SECONDS = 30e-6
 
 #: What the host takes under ZeRO-3 to gather, release and reduce the parameters of a layer, in the forward and backward
