@@ -177,7 +177,7 @@ def _forward(
         for kind, programs in _forward_launches(qkv.dtype, len(tables.tiles), batch * heads, fp8_below):
             forward_kernel[(programs,)](
                 qkv, _blocks(qkv, launch.inner), _line_blocks(k_norm, launch.inner), q_scale, out, lse, q_norm, k_norm,
-                tables.tiles, tables.seen, fp8_below, len(tables.tiles), tokens, rows.shape[-1], batch, heads,
+                tables.tiles, tables.levels, fp8_below, len(tables.tiles), rows.shape[-1], batch, heads, CAUSAL=causal,
                 BLOCK_M=launch.block, BLOCK_J=launch.inner, HEAD_GROUP=_divisor(heads, launch.head_group), HEADS=kind,
                 INLINE_NORM=inline_norm, PRECISION=precision(), num_warps=launch.warps, num_stages=launch.stages,
                 maxnreg=launch.registers, **shape,
@@ -230,23 +230,25 @@ def _backward(
     d_out = d_out.contiguous()
     d_row, d_sample = d_out.stride()[:2]
     lse, q_norm, k_norm = rows
-    d_qkv, delta = torch.empty_like(qkv), torch.zeros_like(lse)
+    d_qkv, deltas = torch.empty_like(qkv), qkv.new_zeros(2, *lse.shape, dtype=torch.float32)
+    delta, scaled_delta = deltas
     own = key_tables(schedule, pattern, plan.queries.block, plan.queries.inner, qkv.device)
     d_scale = lse.new_empty(len(own.tiles), batch, heads)
     shape = _shape_arguments(qkv)
     with _device(qkv):
         delta_kernel[(triton.cdiv(tokens, 64) * batch * heads,)](
-            out, d_out, delta, own.places, tokens, lse.shape[-1], batch, heads, d_row, d_sample, BLOCK_M=64, **shape
-        )
+            out, d_out, q_norm, delta, scaled_delta, own.places, tokens, lse.shape[-1], batch, heads, d_row, d_sample,
+            BLOCK_M=64, **shape,
+        )  # fmt: skip
         for launch, roles in _backward_launches(plan):
             q_tables = query_tables(schedule, pattern, launch.block, launch.inner, qkv.device)
             k_tables = key_tables(schedule, pattern, launch.block, launch.inner, qkv.device)
             count = len(k_tables.tiles)
             backward_kernel[(count * batch * heads,)](
                 qkv, d_out, _blocks(qkv, launch.inner), _blocks(d_out, launch.inner),
-                *(_line_blocks(t, launch.inner) for t in (lse, delta, q_norm, k_norm)), q_scale, lse, delta, q_norm,
-                k_norm, d_qkv, d_scale, q_tables.tiles, q_tables.seen, k_tables.tiles, k_tables.seen, count,
-                lse.shape[-1], batch, heads, d_row, d_sample, BLOCK_M=launch.block, BLOCK_J=launch.inner,
+                *(_line_blocks(t, launch.inner) for t in (lse, scaled_delta, q_norm, k_norm)), q_scale, lse, delta,
+                q_norm, k_norm, d_qkv, d_scale, q_tables.tiles, k_tables.tiles, k_tables.levels, count, lse.shape[-1],
+                batch, heads, d_row, d_sample, CAUSAL=causal, BLOCK_M=launch.block, BLOCK_J=launch.inner,
                 HEAD_GROUP=_divisor(heads, launch.head_group), PRECISION=precision(), num_warps=launch.warps,
                 num_stages=launch.stages, maxnreg=launch.registers, **roles, **shape,
             )  # fmt: skip
@@ -280,8 +282,10 @@ def _problem(patch_nums: list[int], causal: bool) -> tuple[ScaleSchedule, Patter
 
 
 def _new_rows(qkv: Tensor, count: int, length: int) -> Tensor:
-    """(count, B, H, row length) float32 zeros: gaps between scales count nothing, but must be finite."""
-    return qkv.new_zeros(count, qkv.shape[1], qkv.shape[3], length, dtype=torch.float32)
+    """Log-sums, and norms, (count, B, H, row length) float32: +inf and 0, so that gaps between scales count nothing."""
+    rows = qkv.new_zeros(count, qkv.shape[1], qkv.shape[3], length, dtype=torch.float32)
+    rows[0] = float("inf")
+    return rows
 
 
 def _blocks(tensor: Tensor, rows: int) -> TensorDescriptor:

@@ -16,6 +16,9 @@ from hmar_mega.kernels import tiles as tables
 #: `tiles.FP8_KEYS`, for kernels.
 FP8_KEYS = tl.constexpr(tables.FP8_KEYS)
 
+#: `tiles.FIELDS`, for kernels.
+FIELDS = tl.constexpr(tables.FIELDS)
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 #: As `torch.nn.functional.normalize` (eps of the norm).
@@ -65,26 +68,41 @@ def place(pid, num_tiles, heads, HEAD_GROUP: tl.constexpr):
 @triton.jit
 def in_fp8(tiles, tile, scale, fp8_below):
     """Whether the tile of a head with this scale is computed in FP8 (`scale_block_fp8`)."""
-    keys = tl.load(tiles + tile * 6 + 4) - tl.load(tiles + tile * 6 + 2)
+    keys = tl.load(tiles + tile * FIELDS + 4) - tl.load(tiles + tile * FIELDS + 2)
     return (scale < fp8_below) & (keys >= FP8_KEYS)
 
 
 @triton.jit
+def visible_pairs(levels, others, own_level, CAUSAL: tl.constexpr, OWN_KEYS: tl.constexpr):
+    """(M, J): which of the other positions see, or are seen by, which of the own ones."""
+    other_level = tl.load(levels + others)
+    if not CAUSAL:
+        return own_level[:, None] == other_level[None, :]
+    if OWN_KEYS:
+        return own_level[:, None] <= other_level[None, :]
+    return own_level[:, None] >= other_level[None, :]
+
+
+@triton.jit
 def attend_keys(
-    acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_norm, line, shift, begin, end, seen_low,
-    seen_high, MASKED: tl.constexpr, RUNNING: tl.constexpr, INLINE_NORM: tl.constexpr, BLOCK_J: tl.constexpr,
+    acc, total, maximum, offset, q, row_factor, qkv_rows, k_column, v_column, k_norm, line, shift, low, high, packed,
+    levels, own_level, CAUSAL: tl.constexpr, RUNNING: tl.constexpr, INLINE_NORM: tl.constexpr, BLOCK_J: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys of [begin, end) to the accumulators; `maximum` (M,) is in base 2, moved only where RUNNING."""
-    for start in range(begin, end, BLOCK_J):
+    """Add the keys of [low, high) to the accumulators.
+
+    `offset` is subtracted from all logits, in base 2: the fixed maximum, or nothing where a running one is kept.
+    """
+    for start in range(low, high, BLOCK_J):
         keys = start + tl.arange(0, BLOCK_J)
         k = qkv_rows.load([start, k_column])
         v = qkv_rows.load([start, v_column])
         k_factor = inverse_norm(k) if INLINE_NORM else k_norm.load([line, start + shift]).reshape([BLOCK_J])
         logits = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_J], tl.float32), PRECISION)
-        logits = logits * (row_factor[:, None] * k_factor[None, :])
-        if MASKED:
-            visible = (keys[None, :] >= seen_low[:, None]) & (keys[None, :] < seen_high[:, None])
+        added = tl.where(keys < high, -offset, -float("inf"))
+        logits = logits * (row_factor[:, None] * k_factor[None, :]) + added[None, :]
+        if packed:
+            visible = visible_pairs(levels, keys, own_level, CAUSAL, False)
             logits = tl.where(visible, logits, -float("inf"))
         if RUNNING:
             higher = tl.maximum(maximum, tl.max(logits, 1))
@@ -92,7 +110,8 @@ def attend_keys(
             acc = acc * shrink[:, None]
             total = total * shrink
             maximum = higher
-        p = tl.exp2(logits - maximum[:, None])
+            logits = logits - maximum[:, None]
+        p = tl.exp2(logits)
         total += tl.sum(p, 1)
         acc = product(p.to(v.dtype), v, acc, PRECISION)
     return acc, total, maximum
@@ -100,17 +119,17 @@ def attend_keys(
 
 @triton.jit
 def forward_tile(
-    qkv, qkv_rows, k_rows, scale, out, lse, q_norm, k_norm, tiles, seen, tile, sample, head, tokens, row_length, batch,
-    heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, RUNNING: tl.constexpr,
-    INLINE_NORM: tl.constexpr, PRECISION: tl.constexpr,
+    qkv, qkv_rows, k_rows, scale, out, lse, q_norm, k_norm, tiles, levels, tile, sample, head, row_length, batch, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, CAUSAL: tl.constexpr,
+    RUNNING: tl.constexpr, INLINE_NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one sample and head; see `forward_kernel`."""
-    start = tl.load(tiles + tile * 6)
-    stop = tl.load(tiles + tile * 6 + 1)
-    low = tl.load(tiles + tile * 6 + 2)
-    edge = tl.load(tiles + tile * 6 + 3)
-    high = tl.load(tiles + tile * 6 + 4)
-    shift = tl.load(tiles + tile * 6 + 5)
+    start = tl.load(tiles + tile * FIELDS)
+    stop = tl.load(tiles + tile * FIELDS + 1)
+    low = tl.load(tiles + tile * FIELDS + 2)
+    high = tl.load(tiles + tile * FIELDS + 4)
+    shift = tl.load(tiles + tile * FIELDS + 5)
+    packed = tl.load(tiles + tile * FIELDS + 6) != 0
     stride = batch.to(tl.int64) * 3 * heads * D
     q_base = qkv + (sample.to(tl.int64) * 3 * heads + head) * D
     k_column = ((sample * 3 + 1) * heads + head) * D
@@ -127,22 +146,19 @@ def forward_tile(
         k = load_rows(q_base + heads * D, rows, stop, stride, D, BLOCK_D)
         tl.store(k_norm + at + rows, inverse_norm(k), mask=own)
     row_factor = q_inverse * (scale * LOG2_E)
-    seen_low = tl.load(seen + rows * 2, mask=own, other=0)
-    seen_high = tl.load(seen + rows * 2 + 1, mask=own, other=tokens)
+    own_level = tl.load(levels + rows, mask=own, other=0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     bound = scale * LOG2_E
     if RUNNING:  # finite, so that a step without any visible key leaves no NaN; below every logit there is
+        offset = 0.0
         maximum = tl.zeros([BLOCK_M], tl.float32) - 2.0 * bound - 1.0
     else:
-        maximum = tl.zeros([BLOCK_M], tl.float32) + (bound - tl.maximum(2.0 * bound - 120.0, 0.0))
+        offset = bound - tl.maximum(2.0 * bound - 120.0, 0.0)
+        maximum = tl.zeros([BLOCK_M], tl.float32) + offset
     acc, total, maximum = attend_keys(
-        acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, shift, low, edge, seen_low,
-        seen_high, False, RUNNING, INLINE_NORM, BLOCK_J, PRECISION,
-    )  # fmt: skip
-    acc, total, maximum = attend_keys(
-        acc, total, maximum, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, shift, edge, high, seen_low,
-        seen_high, True, RUNNING, INLINE_NORM, BLOCK_J, PRECISION,
+        acc, total, maximum, offset, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, shift, low, high,
+        packed, levels, own_level, CAUSAL, RUNNING, INLINE_NORM, BLOCK_J, PRECISION,
     )  # fmt: skip
     columns = tl.arange(0, BLOCK_D)
     keep = own[:, None] & (columns[None, :] < D)
@@ -153,8 +169,8 @@ def forward_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    qkv, qkv_rows, k_rows, q_scale, out, lse, q_norm, k_norm, tiles, seen, fp8_below, num_tiles, tokens, row_length,
-    batch, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
+    qkv, qkv_rows, k_rows, q_scale, out, lse, q_norm, k_norm, tiles, levels, fp8_below, num_tiles, row_length, batch,
+    heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, CAUSAL: tl.constexpr,
     HEAD_GROUP: tl.constexpr, HEADS: tl.constexpr, INLINE_NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries of one sample and head: one tile of them, or all tiles where HEADS is `steep`.
@@ -173,8 +189,8 @@ def forward_kernel(
         if scale >= FIXED_MAX_BELOW:
             for tile in tl.range(0, num_tiles, num_stages=1):
                 forward_tile(
-                    qkv, qkv_rows, k_rows, scale, out, lse, q_norm, k_norm, tiles, seen, tile, sample, head, tokens,
-                    row_length, batch, heads, D, BLOCK_D, BLOCK_M, BLOCK_J, True, INLINE_NORM, PRECISION,
+                    qkv, qkv_rows, k_rows, scale, out, lse, q_norm, k_norm, tiles, levels, tile, sample, head,
+                    row_length, batch, heads, D, BLOCK_D, BLOCK_M, BLOCK_J, CAUSAL, True, INLINE_NORM, PRECISION,
                 )  # fmt: skip
     else:
         tile, sample, head = place(tl.program_id(0), num_tiles, heads, HEAD_GROUP)
@@ -184,8 +200,8 @@ def forward_kernel(
             own = own & (in_fp8(tiles, tile, scale, fp8_below) == 0)
         if own:
             forward_tile(
-                qkv, qkv_rows, k_rows, scale, out, lse, q_norm, k_norm, tiles, seen, tile, sample, head, tokens,
-                row_length, batch, heads, D, BLOCK_D, BLOCK_M, BLOCK_J, HEADS == "all", INLINE_NORM, PRECISION,
+                qkv, qkv_rows, k_rows, scale, out, lse, q_norm, k_norm, tiles, levels, tile, sample, head,
+                row_length, batch, heads, D, BLOCK_D, BLOCK_M, BLOCK_J, CAUSAL, HEADS == "all", INLINE_NORM, PRECISION,
             )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ and walks over the positions that they see (forward, query gradients) or that se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import cache
 
 import torch
@@ -38,7 +38,9 @@ class Tile:
         low, high: the other positions: walked from `low` in steps of the inner block to `high`.
         edge: where element masks end or begin. Walking over keys: every own position sees all of `low:edge` and the
             steps of `edge:high` need a mask. Walking over queries: the steps of `low:edge` need a mask.
-        shift: of the walk's positions in rows of values (see `row_places`).
+        shift: of the walk's positions in rows of values (see `shifts`).
+        packed: whether several scales share the tile, whose pairs then need a mask in every step.
+        first: position at which the first own scale starts.
     """
 
     start: int
@@ -47,11 +49,17 @@ class Tile:
     edge: int
     high: int
     shift: int
+    packed: bool
+    first: int
 
     @property
     def work(self) -> int:
         """Query-key pairs, padding apart."""
         return (self.stop - self.start) * (self.high - self.low)
+
+
+#: Numbers of a tile in its table.
+FIELDS = len(fields(Tile))
 
 
 def runs(schedule: ScaleSchedule, block: int) -> list[tuple[int, int, int, int]]:
@@ -107,7 +115,7 @@ def key_tiles(schedule: ScaleSchedule, pattern: Pattern, block: int, inner: int)
         seen_by_first = schedule.offsets[first + 1]
         seen_by_all = low if pattern == "block_diagonal" and first < last else seen_by_first
         edge = low + (seen_by_all - low) // inner * inner
-        tiles.append(Tile(start, stop, low, edge, high, moved[first]))
+        tiles.append(Tile(start, stop, low, edge, high, moved[first], first < last, schedule.offsets[first]))
     return sorted(tiles, key=lambda t: -t.work)
 
 
@@ -123,7 +131,7 @@ def query_tiles(schedule: ScaleSchedule, pattern: Pattern, block: int, inner: in
             low, high = own // WORDS * WORDS, schedule.num_tokens
             unmasked = schedule.offsets[last]
         edge = min(high, low + -(-(unmasked - low) // inner) * inner)
-        tiles.append(Tile(start, stop, low, edge, high, moved[first]))
+        tiles.append(Tile(start, stop, low, edge, high, moved[first], first < last, schedule.offsets[first]))
     return sorted(tiles, key=lambda t: -t.work)
 
 
@@ -132,7 +140,8 @@ class Tables:
     """Device copies of the tables.
 
     Attributes:
-        tiles: (T, 6) int32, the fields of `Tile`.
+        tiles: (T, `FIELDS`) int32, the fields of `Tile`.
+        levels: (N + `ALIGNMENT`,) int32, the scale of every position; behind them one that sees and is seen by none.
         seen: (N, 2) int32, first and past-last position of the own ones' counterparts, for element masks.
         places: (N,) int32, where each position's value is in a row.
         positions: (row_length,) int32, which position's value is at a place; N in the gaps.
@@ -140,6 +149,7 @@ class Tables:
     """
 
     tiles: Tensor
+    levels: Tensor
     seen: Tensor
     places: Tensor
     positions: Tensor
@@ -177,5 +187,7 @@ def _tables(
     places = (torch.arange(len(levels)) + torch.tensor(moved)[levels]).int()
     positions = torch.full((length,), len(levels), dtype=torch.int32)
     positions[places.long()] = torch.arange(len(levels), dtype=torch.int32)
-    rows = torch.tensor([(t.start, t.stop, t.low, t.edge, t.high, t.shift) for t in tiles], dtype=torch.int32)
-    return Tables(rows.to(device), seen.to(device), places.to(device), positions.to(device), length)
+    behind = torch.full((ALIGNMENT,), -1 if pattern == "block_diagonal" else 2**30)
+    padded = torch.cat([levels, behind]).int()
+    rows = torch.tensor([astuple(t) for t in tiles], dtype=torch.int32)
+    return Tables(rows.to(device), padded.to(device), seen.to(device), places.to(device), positions.to(device), length)
