@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 #: backward pass of the runs before it.
 BLOCKS_PER_GRAPH = 4
 
+HELD_GRADIENTS = "with {} gradients may stay where the next replay writes; bf16 with ZeRO 1 takes them away at once"
+
 
 def attach_graphs(model: Any, config: Config, device: str, data_parallel: int) -> None:
     """Let `model` replay its blocks where that is possible; says once what was chosen and why."""
@@ -53,7 +55,7 @@ def why_not_layout(pipeline_parallel: int, tensor_parallel: int, zero_stage: int
         return "with tensor_parallel > 1 blocks communicate"
     if zero_stage == 3:
         return "ZeRO-3 gathers weights between the blocks"
-    return None
+    return HELD_GRADIENTS.format("parallel.zero_stage=2") if zero_stage == 2 else None
 
 
 def why_not_model(config: Config, device: str) -> str | None:
@@ -62,6 +64,8 @@ def why_not_model(config: Config, device: str) -> str | None:
         return f"they need a CUDA GPU, not {device}"
     if not config.parallel.cuda_graphs:
         return "parallel.cuda_graphs=false"
+    if config.precision.compute != "bf16":
+        return HELD_GRADIENTS.format(f"precision.compute={config.precision.compute}")
     if config.precision.fp8 != "none":
         return "Transformer Engine's FP8 scales change between micro-batches"
     if config.model.attention.backend not in ("auto", "triton", "sdpa"):

@@ -63,7 +63,7 @@ def test_graphs_and_recomputation_change_nothing(inputs: Inputs, tmp_path: Path,
     """Blocks replayed as CUDA graphs over two micro-batches a step, with the own kernels, against kernel by kernel."""
     settings = [
         "model.depth=4", "model.width=64", "model.heads=2", "data.micro_batch_size=2", f"stage.name={stage}",
-        "model.drop_path_rate=0.3",
+        "model.drop_path_rate=0.3", "precision.compute=bf16",
     ]  # fmt: skip
     if stage == "masked":
         train_on("cuda", tiny_config(inputs, tmp_path / "first", *settings, "stage.name=next_scale"))
@@ -71,10 +71,11 @@ def test_graphs_and_recomputation_change_nothing(inputs: Inputs, tmp_path: Path,
     plain = train_on("cuda", tiny_config(inputs, tmp_path / "plain", *settings, "parallel.cuda_graphs=false"))
     settings += [f"parallel.recompute={recompute}", "parallel.cuda_graphs=true"]
     replayed = train_on("cuda", tiny_config(inputs, tmp_path / "graphs", *settings))
-    assert replayed.losses == pytest.approx(plain.losses, rel=1e-6)
-    assert replayed.norms == pytest.approx(plain.norms, rel=1e-5)
+    # the same kernels; only the gradient of embeddings adds in an order of its own
+    assert replayed.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert replayed.norms == pytest.approx(plain.norms, rel=1e-3)
     for name, values in plain.tensors.items():
-        torch.testing.assert_close(replayed.tensors[name], values, atol=1e-6, rtol=0)
+        torch.testing.assert_close(replayed.tensors[name], values, atol=1e-4, rtol=0)
 
 
 def test_samples_are_those_of_the_cpu(inputs: Inputs, tmp_path: Path) -> None:
