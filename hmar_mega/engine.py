@@ -19,8 +19,8 @@ from hmar_mega.config import Config
 from hmar_mega.errors import UserError
 from hmar_mega.micro_batches import micro_batch_size
 from hmar_mega.model.graphs import attach_graphs
-from hmar_mega.model.hmar import decays
 from hmar_mega.objective import Objective, Scores, TokenBatch
+from hmar_mega.optimizer import build_adamw, set_steps
 from hmar_mega.parallel import zero
 from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.parallel.pipeline import PipelineModel, PipelineSchedule
@@ -68,7 +68,7 @@ class Engine:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self._images_at_once = micro * dims.data_parallel
-        optimizer = _adamw(model, config, dims)
+        optimizer = build_adamw(model, config.optim, dims.device)
         rounded = config.precision.compute != "fp32"  # DeepSpeed then rounds weights before it copies its masters
         exact = {
             n: p.detach().to("cpu", torch.float32, copy=True).flatten()
@@ -164,6 +164,7 @@ class Engine:
         """Stand where `step` steps were made, `skipped` of them without an update; moments are zeros."""
         self.step, self.skipped = step, skipped
         zero.lay_moments(self.zero, step - skipped)
+        set_steps(self.zero.optimizer, step - skipped)
 
     @torch.no_grad()
     def _average_weights(self) -> None:
@@ -227,23 +228,6 @@ class Engine:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = decay if group["decays"] else 0.0
-
-
-def _adamw(model: nn.Module, config: Config, dims: ParallelDims) -> torch.optim.Optimizer:
-    optim = config.optim
-    if optim.impl not in ("auto", "torch"):
-        raise UserError(f"optim.impl={optim.impl} is not available in this version; use optim.impl=torch")
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in trained if decays(n, p)], "decays": True},
-        {"params": [p for n, p in trained if not decays(n, p)], "decays": False},
-    ]
-    fused = dims.device.type == "cuda"
-    if dims.is_main:
-        log.info("optimizer: torch AdamW%s, %d trained tensors", " (fused)" if fused else "", len(trained))
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=1.0, betas=optim.betas, eps=optim.eps, fused=fused or None
-    )
 
 
 def _deepspeed_config(config: Config, micro: int, accumulation: int) -> dict[str, Any]:

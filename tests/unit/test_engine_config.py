@@ -4,7 +4,8 @@ refuses to go on."""
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from torch import nn
 from hmar_mega.batches import BatchPlan
 from hmar_mega.config import Config
 from hmar_mega.config_io import load_config
-from hmar_mega.engine import Engine, _adamw, _deepspeed_config, micro_batch_size
+from hmar_mega.engine import Engine, _deepspeed_config, micro_batch_size
 from hmar_mega.errors import UserError
 from hmar_mega.objective import Scores
+from hmar_mega.optimizer import build_adamw, fused_adam, set_steps
 from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.schedules import Schedule
 
@@ -126,7 +128,7 @@ def names_by_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[b
 def test_weight_decay_spares_vectors_biases_and_tables():
     settings = config("model.shared_aln=true")
     model = tiny_hmar(settings)
-    groups = names_by_decay(model, _adamw(model, settings, ALONE))
+    groups = names_by_decay(model, build_adamw(model, settings.optim, ALONE.device))
     assert {"pos_start", "pos_embed", "level_embed", "blocks.0.ada_gss", "word_embed.bias"} <= groups[False]
     assert {"blocks.1.attn.q_bias", "blocks.1.attn.log_scale", "head.linear.bias"} <= groups[False]
     assert {"class_embed.weight", "word_embed.weight", "blocks.0.attn.qkv.weight", "head.linear.weight"} <= groups[True]
@@ -139,23 +141,44 @@ def test_the_mask_embedding_decays_and_frozen_parameters_are_in_no_group():
     model = tiny_hmar(settings)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("mask_"))
-    groups = names_by_decay(model, _adamw(model, settings, ALONE))
+    groups = names_by_decay(model, build_adamw(model, settings.optim, ALONE.device))
     assert "mask_embed" in groups[True]
     assert groups[True] | groups[False] == {n for n, _ in model.named_parameters() if n.startswith("mask_")}
 
 
 def test_adamw_has_the_configured_betas_and_eps():
     settings = config("optim.betas=[0.8, 0.97]", "optim.eps=1e-6")
-    optimizer = _adamw(tiny_hmar(settings), settings, ALONE)
+    optimizer = build_adamw(tiny_hmar(settings), settings.optim, ALONE.device)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.97), 1e-6)}
 
 
 @pytest.mark.parametrize("impl", ["te", "apex"])
-def test_an_optimizer_that_is_not_there_is_refused_with_the_one_that_is(impl):
+def test_fused_optimizers_need_a_gpu(impl):
     settings = config(f"optim.impl={impl}")
-    with pytest.raises(UserError, match=f"optim.impl={impl} is not available in this version; use optim.impl=torch"):
-        _adamw(tiny_hmar(settings), settings, ALONE)
+    with pytest.raises(UserError, match=f"optim.impl={impl} needs a CUDA GPU, not cpu; use optim.impl=torch"):
+        build_adamw(tiny_hmar(settings), settings.optim, torch.device("cpu"))
+
+
+def test_the_other_apex_is_told_from_nvidias(monkeypatch):
+    """The package `apex` of the index has no optimizers; NVIDIA's has `FusedAdam`, with updates counted by group."""
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    with pytest.raises(UserError, match="the package `apex` on PyPI is an unrelated project"):
+        fused_adam("apex", torch.device("cuda"))
+
+    class FusedAdam(torch.optim.SGD):
+        def __init__(self, params, lr, betas, eps, adam_w_mode):
+            super().__init__(params, lr=lr)
+            self.asked = (betas, eps, adam_w_mode)
+
+    monkeypatch.setitem(sys.modules, "apex.optimizers", ModuleType("apex.optimizers"))
+    sys.modules["apex.optimizers"].FusedAdam = FusedAdam
+    settings = config("optim.impl=apex", "optim.betas=[0.8, 0.97]")
+    optimizer = build_adamw(tiny_hmar(settings), settings.optim, torch.device("cuda"))
+    assert optimizer.asked == ((0.8, 0.97), settings.optim.eps, True)
+    assert [group["decays"] for group in optimizer.param_groups] == [True, False]
+    set_steps(optimizer, 7)
+    assert [group["step"] for group in optimizer.param_groups] == [7, 7]
 
 
 # Steps: the engine around a stand-in for DeepSpeed
