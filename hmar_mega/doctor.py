@@ -142,7 +142,7 @@ def as_text(items: list[Item], checks: list[Check]) -> str:
     rows = [("", "found", "", "")] + [(item.name, item.value, item.status, item.advice) for item in items]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([*(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows]
-    title = "Transformer Engine's kernels, run on fixed samples against float32 (relative errors):"
+    title = "Attention and FP8 kernels, run on fixed samples against float32 (relative errors):"
     return "\n".join([*lines, "", title, format_checks(checks)])
 
 

@@ -68,7 +68,7 @@ class Engine:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self._images_at_once = micro * dims.data_parallel
-        optimizer = build_adamw(model, config.optim, dims.device)
+        optimizer = build_adamw(model, config.optim, dims.device, config.parallel.zero_stage)
         rounded = config.precision.compute != "fp32"  # DeepSpeed then rounds weights before it copies its masters
         exact = {
             n: p.detach().to("cpu", torch.float32, copy=True).flatten()

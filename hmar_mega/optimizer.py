@@ -19,14 +19,17 @@ log = logging.getLogger(__name__)
 FUSED_ADAM = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
 
 
-def build_adamw(model: nn.Module, optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+def build_adamw(
+    model: nn.Module, optim: OptimConfig, device: torch.device, zero_stage: int = 1
+) -> torch.optim.Optimizer:
     """AdamW over the trained parameters of `model`, in two groups: with and without weight decay.
 
     `optim.impl`: `auto` and `torch` are torch's, fused on a GPU; `te` and `apex` are `FusedAdam` of Transformer Engine
     and NVIDIA apex, with the same mathematics (decoupled weight decay, bias correction).
 
     Raises:
-        UserError: when the implementation asked for is not installed, is another package of that name, or needs a GPU.
+        UserError: when the implementation asked for is not installed, is another package of that name, needs a GPU, or
+            cannot be stepped part by part, as ZeRO-3 does.
     """
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -35,6 +38,11 @@ def build_adamw(model: nn.Module, optim: OptimConfig, device: torch.device) -> t
     ]
     groups = [g for g in groups if g["params"]]
     if optim.impl in FUSED_ADAM:
+        if zero_stage == 3:
+            raise UserError(
+                f"optim.impl={optim.impl} counts its updates by call, and zero_stage=3 calls it several times in a step;"
+                " use optim.impl=torch"
+            )
         found = fused_adam(optim.impl, device)(groups, lr=1.0, betas=optim.betas, eps=optim.eps, adam_w_mode=True)
         log.info("optimizer: FusedAdam of %s, %d trained tensors", FUSED_ADAM[optim.impl], len(trained))
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,8 +34,8 @@ INTERPRETED_TOLERANCE = TOLERANCE | {torch.bfloat16: ((1.2e-2, 4e-2), (1.2e-2, 8
 #: The same where products of the forward pass are made in FP8, up to a scale of 10.
 FP8_TOLERANCE = (6e-2, 2e-2)
 
-#: Largest error of the scale's gradient, relative to the root of the summed squares of its rows' terms.
-SCALE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
+#: Largest relative error of the scale's gradient, for scales up to 20 and above; see `telling_gradient`.
+SCALE_TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (5e-3, 5e-2), torch.bfloat16: (3e-2, 0.3)}
 
 
 def mend_interpreter() -> None:
@@ -74,12 +74,20 @@ def relative(found: Tensor, truth: Tensor) -> float:
     return float((found.detach().double() - truth.detach()).norm() / truth.detach().norm())
 
 
-def scale_gradient_size(d_q: Tensor, q: Tensor, scale: float) -> float:
-    """Root of the summed squares of the terms of one head's scale gradient, from (…, D) of q and its gradient.
+def telling_gradient(attend: Callable[[Tensor], Tensor], q_scale_H: Tensor) -> Tensor:
+    """A random incoming gradient that also pulls every output the way in which it moves with its head's scale.
 
-    It is the sum over all rows of q̂·a: its terms are about as large as |a| ≈ |dq|·|q|/s, and cancel.
+    Under a random one alone the terms of a scale's gradient cancel, and an error of all of it would not show.
+
+    Args:
+        attend: exact attention as a function of the scales, (N, B, H·D) float64.
     """
-    return float((d_q.norm(dim=-1) * q.norm(dim=-1)).detach().norm() / scale)
+    with torch.no_grad():
+        moved = attend(q_scale_H * 1.001) - attend(q_scale_H * 0.999)
+    by_head = moved.unflatten(-1, (len(q_scale_H), -1))
+    length = by_head.norm(dim=-1, keepdim=True)
+    pull = torch.where(length > 1e-9, by_head / length.clamp(min=1e-9), 0.0) * by_head.shape[-1] ** 0.5
+    return torch.randn_like(moved) + pull.flatten(-2)
 
 
 def attention_errors(
@@ -101,25 +109,25 @@ def attention_errors(
     qkv[:, :, :2] *= 10 ** torch.empty(tokens, batch, 2, heads, 1, device=device).uniform_(-1, 1)
     qkv = qkv.to(dtype).requires_grad_()
     q_scale = torch.tensor(q_scales, device=device, requires_grad=True)
-    incoming = torch.randn(batch, tokens, heads * head_dim, device=device).to(dtype).transpose(0, 1)
+    exact, exact_scale = qkv.detach().double().requires_grad_(), q_scale.detach().double().requires_grad_()
+    dense = "reference" if tokens < 4000 else "sdpa"  # one dense mask, or one dense matrix a scale
+    incoming = telling_gradient(lambda s: scale_block_attention(exact, s, schedule, pattern, dense), exact_scale)
+    incoming = incoming.transpose(0, 1).contiguous().transpose(0, 1).to(dtype)
     with poisoned_memory():
         out = scale_block_attention(qkv, q_scale, schedule, pattern, backend)  # type: ignore[arg-type]
         d_qkv, d_scale = torch.autograd.grad(out, (qkv, q_scale), incoming)
     assert out.dtype == d_qkv.dtype == dtype
     assert d_scale.dtype == torch.float32
 
-    exact, exact_scale = qkv.detach().double().requires_grad_(), q_scale.detach().double().requires_grad_()
-    dense = "reference" if tokens < 4000 else "sdpa"  # one dense mask, or one dense matrix a scale
     truth = scale_block_attention(exact, exact_scale, schedule, pattern, dense)
     d_exact, d_exact_scale = torch.autograd.grad(truth, (exact, exact_scale), incoming.double())
     found = []
     by_head = (tokens, batch, heads, head_dim)
-    for h, s in enumerate(q_scales):
+    for h in range(heads):
         errors = {"out": relative(out.view(by_head)[:, :, h], truth.view(by_head)[:, :, h])}
         for i, name in enumerate(("dq", "dk", "dv")):
             errors[name] = relative(d_qkv[:, :, i, h], d_exact[:, :, i, h])
-        size = scale_gradient_size(d_exact[:, :, 0, h], exact[:, :, 0, h], s)
-        errors["scale"] = abs(float(d_scale[h].double() - d_exact_scale[h])) / size
+        errors["scale"] = relative(d_scale[h], d_exact_scale[h])
         found.append(errors)
     return found
 
@@ -138,6 +146,13 @@ def assert_close(
     for s, errors in zip(q_scales, found, strict=True):
         out, gradient = FP8_TOLERANCE if s < fp8_below else tolerance[dtype][s > 20]
         assert s >= fp8_below or errors["out"] > 1e-2, f"scale {s}: {errors['out']:.2e} is too good for FP8"
-        limits = {"out": out, "dq": gradient, "dk": gradient, "dv": gradient, "scale": SCALE_TOLERANCE[dtype]}
-        for name, error in errors.items():
-            assert error <= limits[name], f"scale {s}: {name} is off by {error:.2e}, allowed {limits[name]:.0e}"
+        limits = {"out": out, "dq": gradient, "dk": gradient, "dv": gradient}
+        # Cut off instead of rounded, as the interpreter does to bfloat16, outputs are all too small, and so are the
+        # sums from which steep scales take their gradient: there it says nothing.
+        scale_limit = SCALE_TOLERANCE[dtype][s > 20]
+        if tolerance is TOLERANCE or dtype != torch.bfloat16:
+            limits["scale"] = scale_limit
+        elif s <= 20:
+            limits["scale"] = 0.15
+        for name, limit in limits.items():
+            assert errors[name] <= limit, f"scale {s}: {name} is off by {errors[name]:.2e}, allowed {limit:.0e}"

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hmar_mega.kernels import HEAD_DIMS
 from hmar_mega.kernels.scale_block_backward import backward_kernel, delta_kernel
-from hmar_mega.kernels.scale_block_forward import forward_kernel, key_norm_kernel
+from hmar_mega.kernels.scale_block_forward import STEEP_PROGRAMS, forward_kernel, key_norm_kernel
 from hmar_mega.kernels.scale_block_fp8 import FP8_BELOW_LIMIT, fp8_forward_kernel, quantise_kernel
 from hmar_mega.kernels.tiles import FP8_KEYS, key_tables, query_tables, shifts
 from hmar_mega.scales import Pattern, ScaleSchedule
@@ -308,7 +308,7 @@ def _forward_launches(dtype: torch.dtype, tiles: int, sequences: int, fp8_below:
     """Kinds of heads, and programs, of each launch. float16's exponents are too few for weights without a maximum."""
     if dtype == torch.float16:
         return [("all", tiles * sequences)]
-    return [("flat_beside_fp8" if fp8_below else "flat", tiles * sequences), ("steep", sequences)]
+    return [("flat_beside_fp8" if fp8_below else "flat", tiles * sequences), ("steep", STEEP_PROGRAMS * sequences)]
 
 
 def _backward_launches(plan: Plan) -> list[tuple[Launch, dict[str, bool]]]:

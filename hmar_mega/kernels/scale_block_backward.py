@@ -25,6 +25,16 @@ from hmar_mega.kernels.scale_block_forward import (
     visible_pairs,
 )
 
+#: Gradients of logits are multiplied by at most this before they are rounded to float16, which does not hold the 1e12
+#: of a zero row. Rows shorter than 1e-4 then turn the gradients of the others by less than they should.
+MOST_IN_FLOAT16 = tl.constexpr(1e4)
+
+
+@triton.jit
+def factor_of_gradient(inverse, dtype: tl.constexpr):
+    """1/|x| as gradients of that dtype bear it."""
+    return tl.minimum(inverse, MOST_IN_FLOAT16) if dtype == tl.float16 else inverse
+
 
 @triton.jit(do_not_specialize=SIZES)
 def delta_kernel(
@@ -46,7 +56,8 @@ def delta_kernel(
     total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     at = (sample.to(tl.int64) * heads + head) * row_length + tl.load(places + rows, mask=own, other=0)
     tl.store(delta + at, total, mask=own)
-    tl.store(scaled_delta + at, total * tl.load(q_norm + at, mask=own, other=0.0), mask=own)
+    factor = factor_of_gradient(tl.load(q_norm + at, mask=own, other=0.0), do.dtype)
+    tl.store(scaled_delta + at, total * factor, mask=own)
 
 
 @triton.jit
@@ -74,7 +85,7 @@ def sum_over_queries(
             p = tl.where(visible_pairs(levels, queries, own_level, CAUSAL, True), p, 0.0)
         dp = product(v, tl.trans(do), zeros, PRECISION)
         dv = product(p.to(do.dtype), do, dv, PRECISION)
-        ds = p * (dp * q_inverse[None, :] - correction[None, :])
+        ds = p * (dp * factor_of_gradient(q_inverse, q.dtype)[None, :] - correction[None, :])
         a_k = product(ds.to(q.dtype), q, a_k, PRECISION)
     return a_k, dv
 
@@ -98,7 +109,7 @@ def sum_over_keys(
         if packed:
             p = tl.where(visible_pairs(levels, keys, own_level, CAUSAL, False), p, 0.0)
         dp = product(do, tl.trans(v), zeros, PRECISION)
-        ds = p * (dp - correction[:, None]) * k_inverse[None, :]
+        ds = p * (dp - correction[:, None]) * factor_of_gradient(k_inverse, k.dtype)[None, :]
         a_q = product(ds.to(k.dtype), k, a_q, PRECISION)
     return a_q
 

@@ -24,8 +24,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 #: As `torch.nn.functional.normalize` (eps of the norm).
 NORM_EPS = tl.constexpr(1e-12)
 
-#: Below this scale the logits' range, 2·scale·log2(e), fits into the exponents 2^-125 … 2^100, whatever the maximum.
-FIXED_MAX_BELOW = tl.constexpr(78.0)
+#: Below this scale the range of the logits, 2·scale·log2(e) = 202, fits into the exponents −124 … 78 whatever the
+#: maximum, with room for sums over 2^13 keys of values up to 2^36.
+FIXED_MAX_BELOW, LOWEST_EXPONENT = tl.constexpr(70.0), tl.constexpr(124.0)
+
+#: Programs that share the tiles of a head above it.
+STEEP_PROGRAMS = 4
 
 #: Arguments on whose values no kernel is specialised: one compilation serves every batch and number of heads.
 SIZES = ["num_tiles", "tokens", "row_length", "batch", "heads"]
@@ -154,7 +158,7 @@ def forward_tile(
         offset = 0.0
         maximum = tl.zeros([BLOCK_M], tl.float32) - 2.0 * bound - 1.0
     else:
-        offset = bound - tl.maximum(2.0 * bound - 120.0, 0.0)
+        offset = bound - tl.maximum(2.0 * bound - LOWEST_EXPONENT, 0.0)
         maximum = tl.zeros([BLOCK_M], tl.float32) + offset
     acc, total, maximum = attend_keys(
         acc, total, maximum, offset, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, shift, low, high,
@@ -173,7 +177,7 @@ def forward_kernel(
     heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr, CAUSAL: tl.constexpr,
     HEAD_GROUP: tl.constexpr, HEADS: tl.constexpr, INLINE_NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Queries of one sample and head: one tile of them, or all tiles where HEADS is `steep`.
+    """Queries of one sample and head: one tile of them, or every `STEEP_PROGRAMS`-th where HEADS is `steep`.
 
     HEADS: `all` with a running maximum; `flat`: with a fixed one, those whose scale allows it; `steep`: the others, of
     which there are few; `flat_beside_fp8`: of the flat ones what is not computed in FP8 (`in_fp8`).
@@ -184,10 +188,12 @@ def forward_kernel(
     (1, BLOCK_J).
     """
     if HEADS == "steep":
-        head, sample = tl.program_id(0) % heads, tl.program_id(0) // heads
+        sequences = batch * heads
+        head, sample = tl.program_id(0) % heads, tl.program_id(0) % sequences // heads
         scale = tl.load(q_scale + head)
-        if scale >= FIXED_MAX_BELOW:
-            for tile in tl.range(0, num_tiles, num_stages=1):
+        if (scale < FIXED_MAX_BELOW) == 0:  # NaN too, which then is the output
+            step = tl.num_programs(0) // sequences
+            for tile in tl.range(tl.program_id(0) // sequences, num_tiles, step, num_stages=1):
                 forward_tile(
                     qkv, qkv_rows, k_rows, scale, out, lse, q_norm, k_norm, tiles, levels, tile, sample, head,
                     row_length, batch, heads, D, BLOCK_D, BLOCK_M, BLOCK_J, CAUSAL, True, INLINE_NORM, PRECISION,

@@ -132,6 +132,7 @@ class BlockGraphs:
     def __init__(self, blocks_per_graph: int | None) -> None:
         self.blocks_per_graph = blocks_per_graph
         self._captured: dict[tuple[object, ...], list[_Captured]] = {}
+        self._eager: set[tuple[object, ...]] = set()
 
     def run(
         self,
@@ -153,6 +154,9 @@ class BlockGraphs:
         key = (branch, x.shape, x.dtype, drop_path is None, x.requires_grad, cond.requires_grad)
         if key not in self._captured:
             if any(known[0] == branch for known in self._captured):
+                if key not in self._eager:
+                    self._eager.add(key)
+                    log.info("blocks run kernel by kernel for activations %s: the graphs are of another shape", x.shape)
                 return _Blocks(blocks, recompute, attend, length)(x, cond, drop_path, shared)
             size = self.blocks_per_graph or len(blocks)
             parts = [_Blocks(blocks[i : i + size], recompute, attend, length) for i in range(0, len(blocks), size)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import INTERPRETED_TOLERANCE, assert_close, attention_errors
+from kernel_checks import INTERPRETED_TOLERANCE, assert_close, attention_errors, poisoned_memory, relative
 
+from hmar_mega.model.attention import scale_block_attention as attend
 from hmar_mega.scales import PATCH_NUMS, Pattern, ScaleSchedule
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -45,3 +46,33 @@ def test_the_launches_of_long_sequences(pattern: Pattern, monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "plan_for", lambda *problem: plan)
     errors = attention_errors(ScaleSchedule((1, 2, 8)), pattern, torch.bfloat16, 64, 2, "cpu", "triton", Q_SCALES)
     assert_close(errors, torch.bfloat16, INTERPRETED_TOLERANCE, Q_SCALES)
+
+
+def test_a_scale_that_is_no_number_shows_in_its_head_alone() -> None:
+    """NaN is the output of that head, not what memory held before."""
+    schedule = ScaleSchedule((1, 2, 4))
+    qkv = torch.randn(schedule.num_tokens, 1, 3, 2, 32)
+    with poisoned_memory():
+        out = attend(qkv, torch.tensor([4.0, float("nan")]), schedule, "block_diagonal", "triton")
+    assert out[..., :32].isfinite().all()
+    assert out[..., 32:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_zeros_leave_the_other_gradients_right(dtype: torch.dtype) -> None:
+    """A q and a k of length zero, whose inverse float16 does not hold. Their own gradients are divided by eps."""
+    torch.manual_seed(0)
+    schedule = ScaleSchedule((1, 2, 4))
+    qkv = torch.randn(schedule.num_tokens, 1, 3, 1, 32)
+    qkv[7, 0, 0], qkv[9, 0, 1] = 0.0, 0.0
+    qkv = qkv.to(dtype).requires_grad_()
+    incoming = torch.randn(schedule.num_tokens, 1, 32)
+    exact = qkv.detach().double().requires_grad_()
+    gradients = []
+    for x, backend in ((qkv, "triton"), (exact, "reference")):
+        out = attend(x, torch.tensor([4.0]), schedule, "block_diagonal", backend)
+        (gradient,) = torch.autograd.grad(out, x, incoming.to(x.dtype))
+        gradient = gradient.clone()
+        gradient[7, 0, 0], gradient[9, 0, 1] = 0.0, 0.0
+        gradients.append(gradient)
+    assert relative(*gradients) < 2e-2

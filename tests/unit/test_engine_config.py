@@ -19,6 +19,7 @@ from hmar_mega.config import Config
 from hmar_mega.config_io import load_config
 from hmar_mega.engine import Engine, _deepspeed_config, micro_batch_size
 from hmar_mega.errors import UserError
+from hmar_mega.model.graphs import why_not
 from hmar_mega.objective import Scores
 from hmar_mega.optimizer import build_adamw, fused_adam, set_steps
 from hmar_mega.parallel.dims import ParallelDims
@@ -177,6 +178,8 @@ def test_the_other_apex_is_told_from_nvidias(monkeypatch):
     optimizer = build_adamw(tiny_hmar(settings), settings.optim, torch.device("cuda"))
     assert optimizer.asked == ((0.8, 0.97), settings.optim.eps, True)
     assert [group["decays"] for group in optimizer.param_groups] == [True, False]
+    with pytest.raises(UserError, match=r"zero_stage=3 calls it several times in a step; use optim\.impl=torch"):
+        build_adamw(tiny_hmar(settings), settings.optim, torch.device("cuda"), zero_stage=3)
     set_steps(optimizer, 7)
     assert [group["step"] for group in optimizer.param_groups] == [7, 7]
 
@@ -267,3 +270,28 @@ def test_a_norm_that_is_not_finite_counts_as_a_skipped_step(norm):
     engine.deepspeed = StandIn(1.0)
     engine.train_step([0], Losses())
     assert (engine.step, engine.skipped, engine.skipped_in_a_row) == (10, 2, 0)
+
+
+# CUDA graphs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ((), None),
+        (("parallel.cuda_graphs=false",), "parallel.cuda_graphs=false"),
+        (("precision.compute=fp32",), "with precision.compute=fp32 gradients may stay where the next replay writes"),
+        (("precision.compute=fp16",), "with precision.compute=fp16 gradients may stay"),
+        (("parallel.zero_stage=2",), "with parallel.zero_stage=2 gradients may stay"),
+        (("parallel.zero_stage=3",), "ZeRO-3 gathers weights between the blocks"),
+        (("parallel.tensor_parallel=2",), "with tensor_parallel > 1 blocks communicate"),
+        (("parallel.pipeline_parallel=2",), "several micro-batches of a pipeline are under way at once"),
+        (("model.attention.backend=reference",), "attention.backend=reference is not captured"),
+        (("precision.fp8=linears",), "FP8 scales change between micro-batches"),
+    ],
+)
+def test_blocks_are_captured_only_where_replays_are_right(overrides, reason):
+    settings = load_config(None, [*TINY, "precision.compute=bf16", "parallel.cuda_graphs=true", *overrides])
+    found = why_not(settings, "cuda")
+    assert (found is None) if reason is None else (reason in found)
+    assert "need a CUDA GPU, not cpu" in why_not(settings, "cpu")
