@@ -40,7 +40,7 @@ def build_adamw(
     if optim.impl in FUSED_ADAM:
         if zero_stage == 3:
             raise UserError(
-                f"optim.impl={optim.impl} counts its updates by call, and zero_stage=3 calls it several times in a step;"
+                f"optim.impl={optim.impl} counts its updates by call, of which zero_stage=3 makes several in a step;"
                 " use optim.impl=torch"
             )
         found = fused_adam(optim.impl, device)(groups, lr=1.0, betas=optim.betas, eps=optim.eps, adam_w_mode=True)

@@ -178,7 +178,7 @@ def test_the_other_apex_is_told_from_nvidias(monkeypatch):
     optimizer = build_adamw(tiny_hmar(settings), settings.optim, torch.device("cuda"))
     assert optimizer.asked == ((0.8, 0.97), settings.optim.eps, True)
     assert [group["decays"] for group in optimizer.param_groups] == [True, False]
-    with pytest.raises(UserError, match=r"zero_stage=3 calls it several times in a step; use optim\.impl=torch"):
+    with pytest.raises(UserError, match=r"of which zero_stage=3 makes several in a step; use optim\.impl=torch"):
         build_adamw(tiny_hmar(settings), settings.optim, torch.device("cuda"), zero_stage=3)
     set_steps(optimizer, 7)
     assert [group["step"] for group in optimizer.param_groups] == [7, 7]
