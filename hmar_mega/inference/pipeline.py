@@ -178,6 +178,7 @@ class ImageModel:
         top_k = defaults["top_k"] if top_k is None else top_k
         top_p = defaults["top_p"] if top_p is None else top_p
         cfg_scale = self._check_strengths("cfg_scale", cfg_scale)
+        own_mask_cfg = mask_cfg is None
         mask_cfg = _mask_cfg(defaults, cfg_scale) if mask_cfg is None else self._check_strengths("mask_cfg", mask_cfg)
         strengths = [t for given in (cfg_scale, mask_cfg) for t in (given if isinstance(given, tuple) else (given,))]
         if not all(math.isfinite(t) for t in strengths) or min(*strengths, top_k) < 0 or not 0 < top_p <= 1:
@@ -200,9 +201,11 @@ class ImageModel:
         if negative_class is not None:
             self.check_labels([negative_class])
         smoothing = more_smooth if isinstance(more_smooth, Smoothing) else Smoothing() if more_smooth else None
-        return SampleSettings(
+        settings = SampleSettings(
             cfg_scale, top_k, top_p, passes, mask_cfg, self.settings["mask_input"], negative_class, smoothing
         )
+        _refuse_idle(settings, own_mask_cfg)
+        return settings
 
     def _check_strengths(self, name: str, given: float | Sequence[float]) -> float | tuple[float, ...]:
         if not isinstance(given, Iterable):
@@ -312,6 +315,23 @@ def _mask_cfg(defaults: dict[str, Any], cfg_scale: float | tuple[float, ...]) ->
             return float(product)
         ratio = product / own_cfg if product else 0.0
     return tuple(ratio * t for t in cfg_scale) if isinstance(cfg_scale, tuple) else ratio * cfg_scale
+
+
+def _refuse_idle(settings: SampleSettings, own_mask_cfg: bool) -> None:
+    """Raise UserError where guidance that was asked for reaches no pass."""
+    passes = settings.mask_schedule
+    asked = settings.mask_strengths(len(passes))
+    masked = [t for t, counts in zip(asked, passes, strict=True) if len(counts) > 1]
+    if not own_mask_cfg and any(asked) and not any(masked):
+        raise UserError(
+            f"mask_cfg={settings.mask_cfg} would do nothing: mask_schedule has no mask pass at the scales it guides; "
+            "leave it out, or give those scales several passes"
+        )
+    if settings.negative_class is not None and not any((*settings.strengths(len(passes)), *masked)):
+        raise UserError(
+            f"negative_class={settings.negative_class} would do nothing: no pass is guided at "
+            f"cfg_scale={settings.cfg_scale}, mask_cfg={settings.mask_cfg}; leave it out, or give a cfg_scale above 0"
+        )
 
 
 def image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
