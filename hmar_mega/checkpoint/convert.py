@@ -9,6 +9,7 @@ Both ways are exact inverses. Nothing is held in memory whole: sources are mappe
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from hmar_mega.checkpoint.published_files import (
     check_new,
     check_space,
     read_weights,
+    tell_widened,
     write_pth,
 )
 from hmar_mega.checkpoint.published_tokenizer import (
@@ -53,6 +55,8 @@ from hmar_mega.files import new_folder
 from hmar_mega.progress import track
 from hmar_mega.scales import ScaleSchedule
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
+
+log = logging.getLogger(__name__)
 
 OURS = "ours"
 SUFFIXES = (".pth", ".pt")
@@ -123,6 +127,9 @@ def convert(
                 model = import_tokenizer(file.model, src, patch_nums)
             else:
                 model, embedded = read_published(file, kind), file.tokenizer
+                if embedded and (target != OURS or tokenizer is not None):
+                    why = "a published file of a model holds none" if target != OURS else f"{tokenizer} is taken"
+                    log.info("the tokenizer in %s of %s is left out: %s", TOKENIZER_PREFIX[:-1], src, why)
         if isinstance(model, MultiScaleVQVAE):
             refuse_options(
                 f"{src} is a tokenizer, and these are about models", tokenizer=tokenizer, masked=masked, kind=kind
@@ -250,6 +257,7 @@ def _write_ours(model: Model, make_tokenizer: Callable[[], MultiScaleVQVAE], out
             f"{model.where} has a mask branch alone, and sampling needs both: convert the next-scale model it was "
             f"trained from, with this one beside it: hmar-mega convert NEXT_SCALE.pth OUT --masked {model.where.name}"
         )
+    tell_widened(model.tensors.values(), model.where)
     size = 4 * model.parameters
     with new_folder(out) as temporary:
         tokenizer = make_tokenizer()

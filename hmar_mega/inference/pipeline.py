@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hmar_mega.checkpoint.export import portable
 from hmar_mega.checkpoint.sources import ExportReader, WeightSource, check_shapes
 from hmar_mega.config import ModelConfig
 from hmar_mega.devices import pick_device
@@ -22,12 +24,17 @@ from hmar_mega.model.hmar import HMAR
 from hmar_mega.scales import ScaleSchedule, mask_schedule_for
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 
+log = logging.getLogger(__name__)
+
 CONFIG_FORMAT = 1
 #: What config.json must say.
 CONFIG_KEYS = (
     "model", "patch_nums", "codebook_size", "latent_channels", "mask_branch", "mask_input", "sampling",
     "tokenizer_fingerprint",
 )  # fmt: skip
+
+#: Attention backends of training that not every machine has; exports of before `portable` name them.
+GPU_BACKENDS = ("triton", "te")
 
 
 class ImageModel:
@@ -289,9 +296,16 @@ def build_model(
             f"{settings['tokenizer_fingerprint']}; put the tokenizer it was trained with back"
         )
     try:
+        config = ModelConfig.model_validate(settings["model"])
+        if config.attention.backend in GPU_BACKENDS:
+            log.info(
+                "%s says attention.backend=%s, with which it was trained; sampling takes auto, which runs anywhere",
+                folder, config.attention.backend,
+            )  # fmt: skip
+            config = portable(config)
         with torch.device("meta"):
             model = HMAR(
-                ModelConfig.model_validate(settings["model"]),
+                config,
                 ScaleSchedule(tuple(settings["patch_nums"])),
                 settings["codebook_size"],
                 settings["latent_channels"],
