@@ -11,3 +11,17 @@ class UserError(ValueError):
     """
 
     rank: int | None = None
+
+
+def refuse_options(why: str, **options: object) -> None:
+    """Raise UserError for options of the command line that were given and would do nothing.
+
+    Args:
+        why: they do nothing.
+        options: values by name; None and False are those of options that were not given.
+    """
+    given = [
+        f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None and value is not False
+    ]
+    if given:
+        raise UserError(f"{' and '.join(given)} would do nothing: {why}; leave {'them' if given[1:] else 'it'} out")

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hmar_mega.checkpoint import published
-from hmar_mega.checkpoint.export import export_settings
+from hmar_mega.checkpoint.export import export_settings, portable
+from hmar_mega.checkpoint.key_lists import check_keys, listed
 from hmar_mega.checkpoint.published import Kind, ModelShape
 from hmar_mega.checkpoint.published_files import WeightFile, check_space, map_safetensors
 from hmar_mega.checkpoint.resize import resize_levels, resize_positions
@@ -126,7 +127,7 @@ def read_published(file: WeightFile, said: Kind | None = None) -> Model:
     shape = published.infer_shape(kind, shapes, file.model.get(published.LEVELS), where)
     layout = published.layout(kind, shape)
     wanted = {name: entry.shape for name, entry in layout.items()}
-    published.check_keys(shapes, wanted, where, f"a {found} model of depth {shape.depth}")
+    check_keys(shapes, wanted, where, f"a {found} model of depth {shape.depth}")
     buffer = published.pattern_of(file.model[published.MASK_BUFFER], shape.schedule, where)
     if found == "next-scale" and said is None:
         causal = file.wrapper.endswith("var_wo_ddp") or (not file.wrapper and buffer == "block_causal")
@@ -208,7 +209,7 @@ def _check_folder(
         )  # fmt: skip
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
-    published.check_keys(found, wanted, where, f"the model of its config.json, depth {config.depth}")
+    check_keys(found, wanted, where, f"the model of its config.json, depth {config.depth}")
 
 
 def _ours(where: Path, tensors: dict[str, Tensor], settings: dict[str, Any], tokenizer: Path | None) -> Model:
@@ -226,6 +227,7 @@ def _ours(where: Path, tensors: dict[str, Tensor], settings: dict[str, Any], tok
         )  # fmt: skip
     except (ValidationError, KeyError, TypeError, ValueError) as err:
         raise UserError(f"{where}: its config.json is damaged ({err}); export the model again") from None
+    settings = {**settings, "model": portable(config).model_dump(mode="json")}
     _check_folder(where, tensors, config, settings, patch_nums)
     origin = settings.get("published", {})
     return Model(
@@ -253,7 +255,7 @@ def merge(next_scale: Model, masked: Model) -> Model:
     if changed:
         raise UserError(
             f"{pair} do not belong together: {len(changed)} of the {len(shared)} tensors that stage 2 leaves as they "
-            f"were differ: {published.listed(changed)}"
+            f"were differ: {listed(changed, masked.where, 'changed')}"
         )
     theirs = {name: f"{key} of {masked.where}" for name, key in masked.names.items()}
     return replace(
@@ -312,7 +314,9 @@ def as_published(model: Model, kind: Kind) -> dict[str, Tensor]:
     wanted_names = {e.ours for e in published.layout(kind, model.shape).values() if e.ours is not None}
     missing = sorted(wanted_names - model.tensors.keys())
     if missing:
-        raise UserError(f"{model.where} lacks {len(missing)} tensors of a {kind} model: {published.listed(missing)}")
+        raise UserError(
+            f"{model.where} lacks {len(missing)} tensors of a {kind} model: {listed(missing, model.where, 'missing')}"
+        )
     return published.to_published(kind, model.shape, model.tensors, buffer)
 
 

@@ -9,6 +9,7 @@ Both ways are exact inverses. Nothing is held in memory whole: sources are mappe
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from hmar_mega.checkpoint.published_files import (
     check_new,
     check_space,
     read_weights,
+    tell_widened,
     write_pth,
 )
 from hmar_mega.checkpoint.published_tokenizer import (
@@ -48,11 +50,13 @@ from hmar_mega.checkpoint.published_tokenizer import (
 )
 from hmar_mega.checkpoint.shards import write_shard
 from hmar_mega.checkpoint.sources import JSON_FILES, LATEST, complete_checkpoints, find_checkpoint
-from hmar_mega.errors import UserError
+from hmar_mega.errors import UserError, refuse_options
 from hmar_mega.files import new_folder
 from hmar_mega.progress import track
 from hmar_mega.scales import ScaleSchedule
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
+
+log = logging.getLogger(__name__)
 
 OURS = "ours"
 SUFFIXES = (".pth", ".pt")
@@ -117,20 +121,25 @@ def convert(
         if src.is_dir():
             model = _open_folder(src, out, patch_nums, checkpoint, ema, stack)
         else:
-            _refuse(f"{src} is a file, with one set of weights", checkpoint=checkpoint, ema=ema)
+            refuse_options(f"{src} is a file, with one set of weights", checkpoint=checkpoint, ema=ema)
             file = read_weights(src)
             if published.recognise(file.model, src) == "vqvae":
                 model = import_tokenizer(file.model, src, patch_nums)
             else:
                 model, embedded = read_published(file, kind), file.tokenizer
+                if embedded and (target != OURS or tokenizer is not None):
+                    why = "a published file of a model holds none" if target != OURS else f"{tokenizer} is taken"
+                    log.info("the tokenizer in %s of %s is left out: %s", TOKENIZER_PREFIX[:-1], src, why)
         if isinstance(model, MultiScaleVQVAE):
-            _refuse(f"{src} is a tokenizer, and these are about models", tokenizer=tokenizer, masked=masked, kind=kind)
+            refuse_options(
+                f"{src} is a tokenizer, and these are about models", tokenizer=tokenizer, masked=masked, kind=kind
+            )
             return _write_tokenizer(model, "tokenizer folder" if src.is_dir() else "vqvae", out, target)
         if src.is_dir():
-            _refuse(f"{src} is a folder of ours, which says itself how its model attends", kind=kind)
+            refuse_options(f"{src} is a folder of ours, which says itself how its model attends", kind=kind)
         if target != OURS:
             why = f"{out} is to be a published file, which holds no tokenizer; convert that into a file of its own"
-            _refuse(why, tokenizer=tokenizer)
+            refuse_options(why, tokenizer=tokenizer)
         if masked is not None:
             model = merge(model, read_published(read_weights(masked)))
         source = model.kind if model.settings is None and model.kind is not None else OURS
@@ -143,13 +152,6 @@ def convert(
             target = _kind(target or default_kind(model))
             written = _write_published(model, target, out)
         return Converted(source, target, written, model.parameters, _describe(model))
-
-
-def _refuse(why: str, **options: object) -> None:
-    """Raise UserError for options that were given and would do nothing."""
-    given = [f"--{name}" for name, value in options.items() if value]
-    if given:
-        raise UserError(f"{' and '.join(given)} would do nothing: {why}; leave {'them' if given[1:] else 'it'} out")
 
 
 def _describe(model: Model) -> str:
@@ -175,15 +177,15 @@ def _open_folder(
 ) -> Model | MultiScaleVQVAE:
     """What a folder of ours holds; `stack` ends the life of its temporary files."""
     if is_tokenizer_folder(src):
-        _refuse(f"{src} is a tokenizer, with one set of weights", checkpoint=checkpoint, ema=ema)
+        refuse_options(f"{src} is a tokenizer, with one set of weights", checkpoint=checkpoint, ema=ema)
         return open_tokenizer(src, patch_nums)
     if (src / "model.safetensors").is_file():
         why = f"{src} is an exported model, with one set of weights; name the run instead"
-        _refuse(why, checkpoint=checkpoint, ema=ema)
+        refuse_options(why, checkpoint=checkpoint, ema=ema)
         return read_export(src)
     found: Path | None = src
     if all((src / name).is_file() for name in JSON_FILES):
-        _refuse(f"{src} is one checkpoint", checkpoint=checkpoint)
+        refuse_options(f"{src} is one checkpoint", checkpoint=checkpoint)
     else:
         found = find_checkpoint(src, checkpoint or LATEST)
     if found is None and complete_checkpoints(src):
@@ -255,6 +257,7 @@ def _write_ours(model: Model, make_tokenizer: Callable[[], MultiScaleVQVAE], out
             f"{model.where} has a mask branch alone, and sampling needs both: convert the next-scale model it was "
             f"trained from, with this one beside it: hmar-mega convert NEXT_SCALE.pth OUT --masked {model.where.name}"
         )
+    tell_widened(model.tensors.values(), model.where)
     size = 4 * model.parameters
     with new_folder(out) as temporary:
         tokenizer = make_tokenizer()

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hmar_mega.checkpoint.sources import EMA, LATEST, CheckpointReader, find_checkpoint
-from hmar_mega.config import Config
+from hmar_mega.config import Config, ModelConfig
 from hmar_mega.config_io import parse_config
 from hmar_mega.errors import UserError
 from hmar_mega.files import new_folder
@@ -93,11 +93,11 @@ def export_run(
 
 
 def export_settings(config: Config, state: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of an export."""
+    """The config.json of an export, which does not tie it to the machine that trained it."""
     return {
         "format": 1,
         "library": "hmar_mega",
-        "model": config.model.model_dump(mode="json"),
+        "model": portable(config.model).model_dump(mode="json"),
         "patch_nums": list(config.schedule.scales.patch_nums),
         "resolution": config.schedule.resolution,
         "codebook_size": config.tokenizer.codebook_size,
@@ -115,3 +115,8 @@ def export_settings(config: Config, state: dict[str, Any]) -> dict[str, Any]:
         "tokenizer_fingerprint": state["tokenizer_fingerprint"],
         "trained": {key: state[key] for key in ("step", "images_seen", "revision", "versions") if key in state},
     }
+
+
+def portable(model: ModelConfig) -> ModelConfig:
+    """The same model with the attention backend that is fastest wherever it runs."""
+    return model.model_copy(update={"attention": model.attention.model_copy(update={"backend": "auto"})})

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -24,6 +24,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hmar_mega.checkpoint.key_lists import listed
 from hmar_mega.errors import UserError
 from hmar_mega.scales import Pattern, ScaleSchedule
 
@@ -32,9 +33,6 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 
 LEVELS, MASK_BUFFER, ZERO_BIAS = "lvl_1L", "attn_bias_for_masking", "attn.zero_k_bias"
-
-#: Names listed in an error before only their number is told.
-LISTED = 4
 
 Shape = tuple[int, ...]
 
@@ -171,9 +169,9 @@ def recognise(names: Iterable[str], where: object) -> str:
         return "nvlabs-hmar"
     if any(re.match(r"blocks\.\d+\.attn\.", n) for n in names):
         return "nvlabs-masked" if names & {"mask_embed.weight", "word_embed_bias"} else "next-scale"
+    found = listed(sorted(names), where, "found")
     raise UserError(
-        f"{where} is no published HMAR, VAR or VQ-VAE file: its {len(names)} keys ({listed(sorted(names))}) are of "
-        "another model"
+        f"{where} is no published HMAR, VAR or VQ-VAE file: its {len(names)} keys ({found}) are of another model"
     )
 
 
@@ -191,7 +189,7 @@ def infer_shape(kind: Kind, shapes: Mapping[str, Shape], levels: Tensor | None, 
     needed = ("pos_start", "class_emb.weight", "word_embed.weight", "lvl_embed.weight", "pos_1LC", LEVELS, head)
     missing = [name for name in needed if name not in shapes]
     if missing or levels is None:
-        raise UserError(f"{where} is not a whole {kind} file: it lacks {listed(missing)}")
+        raise UserError(f"{where} is not a whole {kind} file: it lacks {', '.join(missing)}")
     flat = [name for name in needed if len(shapes[name]) < (1 if name == LEVELS else 2)]
     if flat:
         raise UserError(f"{where} is damaged: {flat[0]} has shape {shapes[flat[0]]}")
@@ -206,7 +204,7 @@ def infer_shape(kind: Kind, shapes: Mapping[str, Shape], levels: Tensor | None, 
         fits = f", that of depth {width // 64}" if width % 64 == 0 else ""
         raise UserError(
             f"{where} has {depth} blocks, but width {width}{fits}: a published model of depth {depth} has width "
-            f"{64 * depth}; blocks are missing, or it is a model of another kind"
+            f"{64 * depth}; {_blocks_off(kind, depth, width // 64)}, or it is a model of another kind"
         )
     return ModelShape(
         depth=depth,
@@ -217,6 +215,15 @@ def infer_shape(kind: Kind, shapes: Mapping[str, Shape], levels: Tensor | None, 
         shared_aln="shared_ada_lin.1.weight" in shapes,
         mask_layers=mask_layers,
     )
+
+
+def _blocks_off(kind: Kind, depth: int, wanted: int) -> str:
+    """Which blocks a file of `depth` lacks, or has too many of; a composite's may be of any of its branches."""
+    word = "missing" if depth < wanted else "surplus"
+    if kind == "nvlabs-hmar":
+        return f"blocks are {word}"
+    first, last = sorted((depth, wanted))
+    return f"blocks.{first}.*{f' to blocks.{last - 1}.*' if last - first > 1 else ''} {word}"
 
 
 def _count(prefix: str, names: Iterable[str]) -> int:
@@ -240,23 +247,6 @@ def scales_of(levels: Tensor, where: object) -> tuple[int, ...]:
     if not legal or any(p * p != n for p, n in zip(sides, counts, strict=True)):
         raise UserError(f"{where} is damaged: {LEVELS} gives its scales {counts} tokens, which are no growing squares")
     return sides
-
-
-def check_keys(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], where: object, what: str) -> None:
-    """Raise UserError, with names, unless a file has exactly the wanted keys at the wanted shapes."""
-    missing = [n for n in wanted if n not in shapes]
-    surplus = [n for n in shapes if n not in wanted]
-    wrong = [f"{n} {shapes[n]} instead of {wanted[n]}" for n in wanted if n in shapes and tuple(shapes[n]) != wanted[n]]
-    faults = [(missing, "missing"), (surplus, "surplus"), (wrong, "of another shape")]
-    if any(names for names, _ in faults):
-        said = "; ".join(f"{len(names)} {word}: {listed(names)}" for names, word in faults if names)
-        raise UserError(f"{where} does not hold {what}: of {len(wanted)} keys, {said}")
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f", … {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 # ----------------------------------------------------------------------------------------------------------- buffers

@@ -16,7 +16,8 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,33 @@ def read_weights(path: Path) -> WeightFile:
     for prefix in MODEL_PREFIXES:
         model = _below(tensors, prefix)
         if model:
+            _tell_left_out(
+                path, tree, (prefix, TOKENIZER_PREFIX), f"a training checkpoint, with its model in {prefix[:-1]}"
+            )
             return WeightFile(path, model, _below(tensors, TOKENIZER_PREFIX), prefix[:-1])
     if not tensors:
         raise UserError(f"{path} holds no tensors")
+    _tell_left_out(path, tree, ("",), "a file of tensors")
     return WeightFile(path, tensors, {})
+
+
+def _tell_left_out(path: Path, tree: Mapping[Any, Any], kept: tuple[str, ...], what: str) -> None:
+    left_out = _outside(tree, kept, "")
+    if left_out:
+        log.info("%s is %s; left out: %s", path, what, ", ".join(left_out))
+
+
+def _outside(tree: Mapping[Any, Any], kept: tuple[str, ...], prefix: str) -> list[str]:
+    """Dotted names of what is no tensor below one of the prefixes `kept`; of a dictionary with none, its own name."""
+    found = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        inside = isinstance(value, Mapping) and any(f"{name}.".startswith(k) or k.startswith(f"{name}.") for k in kept)
+        if inside:
+            found += _outside(value, kept, f"{name}.")
+        elif not (isinstance(value, Tensor) and name.startswith(kept)):
+            found.append(name)
+    return found
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -172,6 +196,16 @@ def _part(mapped: mmap.mmap, base: int, about: dict[str, Any]) -> Tensor:
     if not count:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=base + start).view(shape)
+
+
+def tell_widened(tensors: Iterable[Tensor], where: object) -> None:
+    """Log how many tensors of which types become float32, where some do."""
+    others = Counter(str(t.dtype).removeprefix("torch.") for t in tensors if t.dtype != torch.float32)
+    if others:
+        log.info(
+            "%s holds tensors in %s: they become float32, and stay so in what is converted back", where,
+            " and ".join(f"{dtype} ({count})" for dtype, count in sorted(others.items())),
+        )  # fmt: skip
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -15,8 +15,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from hmar_mega.checkpoint.published import LISTED, Shape, check_keys, listed, recognise
-from hmar_mega.checkpoint.published_files import read_weights
+from hmar_mega.checkpoint.key_lists import LISTED, check_keys, listed
+from hmar_mega.checkpoint.published import Shape, recognise
+from hmar_mega.checkpoint.published_files import read_weights, tell_widened
 from hmar_mega.config import TokenizerConfig
 from hmar_mega.errors import UserError
 from hmar_mega.scales import PATCH_NUMS, ScaleSchedule
@@ -82,6 +83,7 @@ def import_tokenizer(
     wanted[USAGE] = (scales, config.codebook_size)
     check_keys(shapes, wanted, where, "the VQ-VAE that its sizes tell of")
     check_finite(tensors, where)
+    tell_widened(tensors.values(), where)
     with torch.device("meta"):
         model = MultiScaleVQVAE(config, ScaleSchedule(patch_nums))
     state = {ours: tensors[published_name(ours)].float() for ours in model.state_dict()}
@@ -123,8 +125,8 @@ def refuse_not_finite(names: list[str], where: object) -> None:
     """Raise UserError when there are such names."""
     if names:
         raise UserError(
-            f"{where} has NaN or infinite values in {len(names)} tensors: {listed(names)}; training had diverged, or "
-            "the file is damaged"
+            f"{where} has NaN or infinite values in {len(names)} tensors: {listed(names, where, 'not finite')}; "
+            "training had diverged, or the file is damaged"
         )
 
 

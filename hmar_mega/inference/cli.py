@@ -46,11 +46,9 @@ def _add_sample(commands: Any) -> None:
     out.add_argument("--out", type=Path, required=True, help="PNG of the grid; with --num or --csv also a folder")
     out.add_argument("--scales-out", type=Path, metavar="FOLDER", help="also the grid after each scale, as PNGs")
     out.add_argument("--gif", type=Path, metavar="FILE", help="also the grid after each scale, as one animation")
-    out.add_argument(
-        "--format", choices=("npz", "png", "shards"), default="npz", help="of images in a folder (default: npz)"
-    )
-    out.add_argument("--chunk-size", type=int, default=500, help="images written at once (default: 500)")
-    out.add_argument("--batch-size", type=int, default=50, help="images sampled at once (default: 50)")
+    out.add_argument("--format", choices=("npz", "png", "shards"), help="of images in a folder (default: npz)")
+    out.add_argument("--chunk-size", type=int, help="images written at once into a folder (default: 500)")
+    out.add_argument("--batch-size", type=int, help="images sampled at once (default: 50 into a folder, 64 of a grid)")
     out.add_argument("--part", metavar="I/N", help="share of the chunks to make, 1/N … N/N (default: torchrun's rank)")
     _add_sampling(parser)
     parser.set_defaults(run=_run_sample)
@@ -116,7 +114,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--negative-class", metavar="CLASS", help="guide away from this class, not from none in particular"
     )
     group.add_argument("--more-smooth", action="store_true", help="mix codes: prettier, not for measuring")
-    group.add_argument("--seed", type=int, default=0, help="image i uses seed + i (default: 0)")
+    group.add_argument("--seed", type=int, help="image i uses seed + i (default: 0)")
     group.add_argument("--device", help="default: the first GPU (of torchrun's local rank), else the CPU")
     group.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the transformer (default: fp32)")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hmar_mega.checkpoint.export import DTYPES
 from hmar_mega.data.images import image_grid
-from hmar_mega.errors import UserError
+from hmar_mega.errors import UserError, refuse_options
 from hmar_mega.inference.canvas import (
     Canvas,
     boxed_canvas,
@@ -21,7 +21,7 @@ from hmar_mega.inference.canvas import (
     parse_room,
     read_image,
 )
-from hmar_mega.inference.editing import edit
+from hmar_mega.inference.editing import check_feather, edit
 from hmar_mega.inference.frames import write_gif, write_scales
 from hmar_mega.inference.generation import Generation, Request
 from hmar_mega.inference.opening import open_model
@@ -50,18 +50,21 @@ def sample(args: argparse.Namespace) -> None:
             request = Request(*(np.asarray(column, dtype=np.int64) for column in _requests(args, model, names)))
         else:
             classes = names.numbers(args.classes) if args.classes else list(range(model.num_classes))
-            image_seeds([args.seed + args.num - 1, args.seed], 2)
-            request = Request.balanced(args.num, model.check_labels(classes).tolist(), args.seed)
+            seed = args.seed or 0
+            image_seeds([seed + args.num - 1, seed], 2)
+            request = Request.balanced(args.num, model.check_labels(classes).tolist(), seed)
+        own = {"form": args.format, "chunk_size": args.chunk_size, "batch_size": args.batch_size}
         generation = Generation(
-            model, settings, request, args.out, args.format, args.chunk_size, args.batch_size, part, parts, names.names
-        )
+            model, settings, request, args.out, part=part, parts=parts, class_names=names.names,
+            **{name: value for name, value in own.items() if value is not None},
+        )  # fmt: skip
         print(generation.run(show_progress=int(os.environ.get("RANK", 0)) == 0))
         return
     if args.csv is not None:
         labels, seeds = _requests(args, model, names)
     else:
         labels = [c for c in names.numbers(args.classes) for _ in range(args.count or COUNT)]
-        seeds = image_seeds(args.seed, len(labels)).tolist()
+        seeds = image_seeds(args.seed or 0, len(labels)).tolist()
     model.check_labels(labels)
     _draw_grid(args, model, settings, labels, seeds)
     print(f"{len(labels)} images of {len(dict.fromkeys(labels))} classes in {args.out}")
@@ -84,7 +87,14 @@ def _check_sample(args: argparse.Namespace, into_folder: bool) -> None:
     if not into_folder and args.part:
         raise UserError("--part is for images into a folder: give --num N, or --csv with a folder as --out")
     if into_folder and args.out.suffix.lower() in (".png", ".npz"):
-        raise UserError(f"--out {args.out}: with --num it is a folder; the images' format is --format {args.format}")
+        raise UserError(f"--out {args.out}: with --num it is a folder; --format chooses how the images are written")
+    if args.csv is not None:
+        refuse_options("--csv gives every image its own seed", seed=args.seed)
+    if not into_folder:
+        why = f"{args.out} is to be a grid in one PNG; images go into a folder with --num N, or with --csv"
+        refuse_options(why, format=args.format, chunk_size=args.chunk_size)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: sample at least 1 image at once")
 
 
 def _requests(args: argparse.Namespace, model: ImageModel, names: ClassNames) -> tuple[list[int], list[int]]:
@@ -128,18 +138,16 @@ def _draw_grid(
     args: argparse.Namespace, model: ImageModel, settings: SampleSettings, labels: list[int], seeds: list[int]
 ) -> None:
     """The PNG, and the scales where they are asked for."""
-    columns = args.count or COUNT
+    columns, batches = args.count or COUNT, _batches(len(labels), args.batch_size or BATCH)
     if args.gif or args.scales_out:
-        scales = torch.cat(
-            [model.generate_scales(labels[b], seeds[b], settings).cpu() for b in _batches(len(labels))], dim=1
-        )
+        scales = torch.cat([model.generate_scales(labels[b], seeds[b], settings).cpu() for b in batches], dim=1)
         if args.scales_out:
             write_scales(args.scales_out, scales, model.schedule.patch_nums, columns)
         if args.gif:
             write_gif(args.gif, scales, columns)
         images = scales[-1]
     else:
-        images = torch.cat([_images(model, settings, labels[b], seeds[b]) for b in _batches(len(labels))])
+        images = torch.cat([_images(model, settings, labels[b], seeds[b]) for b in batches])
     image_grid(images, columns, args.out, value_range=(0.0, 1.0))
 
 
@@ -150,8 +158,8 @@ def _images(model: ImageModel, settings: SampleSettings, labels: list[int], seed
     return model.to_images(f_hat).cpu()
 
 
-def _batches(count: int) -> list[slice]:
-    return [slice(start, start + BATCH) for start in range(0, count, BATCH)]
+def _batches(count: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def edit_file(args: argparse.Namespace) -> None:
@@ -160,11 +168,12 @@ def edit_file(args: argparse.Namespace) -> None:
         raise UserError(f"--count {args.count}: ask for at least 1 version")
     if args.outpaint and args.fit == "exact":
         raise UserError("--fit exact goes with --mask and --box: outpainting always moves the picture")
+    check_feather(not args.no_paste, args.feather)
     model, names, settings = _open(args)
     canvas = _canvas(args, model)
-    label, seeds = names.number(args.label), image_seeds(args.seed, args.count)
+    label, seeds = names.number(args.label), image_seeds(args.seed or 0, args.count)
     images, psnr, error = [], [], []
-    for batch in _batches(args.count):
+    for batch in _batches(args.count, BATCH):
         own = seeds[batch]
         done = edit(
             model, canvas.image.expand(len(own), -1, -1, -1), canvas.mask[None], [label] * len(own), own, settings,

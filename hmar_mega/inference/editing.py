@@ -75,7 +75,7 @@ def edit(
             see `feather_weights`.
 
     Raises:
-        UserError: when sizes do not fit the model.
+        UserError: when sizes do not fit the model, or feathering is asked for without pasting.
     """
     resolution = model.schedule.grid * model.tokenizer.config.downsample
     for name, given in (("image", images), ("mask", edit_mask)):
@@ -84,8 +84,7 @@ def edit(
                 f"the {name} is {given.shape[-1]}×{given.shape[-2]} px, the model makes {resolution}×{resolution} px; "
                 f"resize the {name}"
             )
-    if feather < 0:
-        raise UserError(f"feather={feather}: give a number of pixels, 0 for hard edges")
+    check_feather(paste, feather)
     count = len(images)
     if len(edit_mask) not in (1, count) or len(labels) != count:
         raise UserError(
@@ -107,6 +106,17 @@ def edit(
     elif paste:
         result = torch.where(edit_mask, decoded, images)
     return Edit(result, decoded, tokens, kept, *kept_difference(decoded, images, edit_mask))
+
+
+def check_feather(paste: bool, feather: int) -> None:
+    """Raise UserError for a width that cannot be, or would do nothing."""
+    if feather < 0:
+        raise UserError(f"feather={feather}: give a number of pixels, 0 for hard edges")
+    if feather and not paste:
+        raise UserError(
+            f"feather={feather} would do nothing: it fades into the pasted pixels, and none are pasted (--no-paste, "
+            "paste=False); leave one of the two out"
+        )
 
 
 def feather_weights(edit_mask: Tensor, width: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hmar_mega.checkpoint.export import portable
 from hmar_mega.checkpoint.sources import ExportReader, WeightSource, check_shapes
 from hmar_mega.config import ModelConfig
 from hmar_mega.devices import pick_device
@@ -22,12 +24,17 @@ from hmar_mega.model.hmar import HMAR
 from hmar_mega.scales import ScaleSchedule, mask_schedule_for
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 
+log = logging.getLogger(__name__)
+
 CONFIG_FORMAT = 1
 #: What config.json must say.
 CONFIG_KEYS = (
     "model", "patch_nums", "codebook_size", "latent_channels", "mask_branch", "mask_input", "sampling",
     "tokenizer_fingerprint",
 )  # fmt: skip
+
+#: Attention backends of training that not every machine has; exports of before `portable` name them.
+GPU_BACKENDS = ("triton", "te")
 
 
 class ImageModel:
@@ -178,6 +185,7 @@ class ImageModel:
         top_k = defaults["top_k"] if top_k is None else top_k
         top_p = defaults["top_p"] if top_p is None else top_p
         cfg_scale = self._check_strengths("cfg_scale", cfg_scale)
+        own_mask_cfg = mask_cfg is None
         mask_cfg = _mask_cfg(defaults, cfg_scale) if mask_cfg is None else self._check_strengths("mask_cfg", mask_cfg)
         strengths = [t for given in (cfg_scale, mask_cfg) for t in (given if isinstance(given, tuple) else (given,))]
         if not all(math.isfinite(t) for t in strengths) or min(*strengths, top_k) < 0 or not 0 < top_p <= 1:
@@ -200,9 +208,11 @@ class ImageModel:
         if negative_class is not None:
             self.check_labels([negative_class])
         smoothing = more_smooth if isinstance(more_smooth, Smoothing) else Smoothing() if more_smooth else None
-        return SampleSettings(
+        settings = SampleSettings(
             cfg_scale, top_k, top_p, passes, mask_cfg, self.settings["mask_input"], negative_class, smoothing
         )
+        _refuse_idle(settings, own_mask_cfg)
+        return settings
 
     def _check_strengths(self, name: str, given: float | Sequence[float]) -> float | tuple[float, ...]:
         if not isinstance(given, Iterable):
@@ -286,9 +296,16 @@ def build_model(
             f"{settings['tokenizer_fingerprint']}; put the tokenizer it was trained with back"
         )
     try:
+        config = ModelConfig.model_validate(settings["model"])
+        if config.attention.backend in GPU_BACKENDS:
+            log.info(
+                "%s says attention.backend=%s, with which it was trained; sampling takes auto, which runs anywhere",
+                folder, config.attention.backend,
+            )  # fmt: skip
+            config = portable(config)
         with torch.device("meta"):
             model = HMAR(
-                ModelConfig.model_validate(settings["model"]),
+                config,
                 ScaleSchedule(tuple(settings["patch_nums"])),
                 settings["codebook_size"],
                 settings["latent_channels"],
@@ -312,6 +329,23 @@ def _mask_cfg(defaults: dict[str, Any], cfg_scale: float | tuple[float, ...]) ->
             return float(product)
         ratio = product / own_cfg if product else 0.0
     return tuple(ratio * t for t in cfg_scale) if isinstance(cfg_scale, tuple) else ratio * cfg_scale
+
+
+def _refuse_idle(settings: SampleSettings, own_mask_cfg: bool) -> None:
+    """Raise UserError where guidance that was asked for reaches no pass."""
+    passes = settings.mask_schedule
+    asked = settings.mask_strengths(len(passes))
+    masked = [t for t, counts in zip(asked, passes, strict=True) if len(counts) > 1]
+    if not own_mask_cfg and any(asked) and not any(masked):
+        raise UserError(
+            f"mask_cfg={settings.mask_cfg} would do nothing: mask_schedule has no mask pass at the scales it guides; "
+            "leave it out, or give those scales several passes"
+        )
+    if settings.negative_class is not None and not any((*settings.strengths(len(passes)), *masked)):
+        raise UserError(
+            f"negative_class={settings.negative_class} would do nothing: no pass is guided at "
+            f"cfg_scale={settings.cfg_scale}, mask_cfg={settings.mask_cfg}; leave it out, or give a cfg_scale above 0"
+        )
 
 
 def image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:

@@ -393,15 +393,19 @@ def test_what_is_wrong_with_a_file_is_named(save, vae: Path, tmp_path: Path, cas
     assert all(part in message for part in parts), message
 
 
-def test_missing_blocks_are_named_by_the_depth_of_their_width(save, vae: Path, tmp_path: Path):
-    tensors = {n: t for n, t in make_transformer("var", 4).items() if not n.startswith("blocks.3.")}
-    assert "3 blocks, but width 256, that of depth 4" in refusal(save, vae, tmp_path, tensors)
+@pytest.mark.parametrize(("left", "named"), [(3, "blocks.3.* missing"), (1, "blocks.1.* to blocks.3.* missing")])
+def test_missing_blocks_are_named_by_the_depth_of_their_width(save, vae: Path, tmp_path: Path, left: int, named: str):
+    gone = tuple(f"blocks.{i}." for i in range(left, 4))
+    tensors = {n: t for n, t in make_transformer("var", 4).items() if not n.startswith(gone)}
+    message = refusal(save, vae, tmp_path, tensors)
+    assert f"{left} blocks, but width 256, that of depth 4" in message
+    assert named in message
 
 
 @pytest.mark.parametrize(
     ("tensors", "part"),
     [
-        ({"conv1.weight": torch.zeros(3)}, "of another model"),
+        ({"conv1.weight": torch.zeros(3)}, "its 1 keys (conv1.weight) are of another model"),
         ({}, "no tensors"),
         ([torch.zeros(3)], "holds a list"),
         (make_vqvae(seed=1), "--patch-nums"),
@@ -410,6 +414,14 @@ def test_missing_blocks_are_named_by_the_depth_of_their_width(save, vae: Path, t
 )
 def test_other_models_are_refused(save, vae: Path, tmp_path: Path, tensors: Any, part: str):
     assert part in refusal(save, vae, tmp_path, tensors)
+
+
+def test_a_safetensors_file_of_another_model_is_refused(vae: Path, tmp_path: Path):
+    save_file({"conv1.weight": torch.zeros(3), "conv1.bias": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for options in ({"tokenizer": vae}, {"to": "var"}):
+        with pytest.raises(UserError, match=r"its 2 keys \(conv1\.bias, conv1\.weight\) are of another model"):
+            convert(tmp_path / "other.safetensors", tmp_path / "ours", **options)
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(vae: Path, tmp_path: Path):
