@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from hmar_mega.config_base import Section
 from hmar_mega.errors import UserError
+from hmar_mega.planning.launch_settings import LaunchSettings
 
 GIB = 2**30
 
@@ -39,6 +40,7 @@ class Cluster(Section):
     intra_node_latency_us: float = Field(10.0, ge=0, description="of one collective step inside a node")
     inter_node_latency_us: float = Field(25.0, ge=0, description="of one collective step between nodes")
     launch_us: float = Field(8.0, ge=0, description="host time to start one PyTorch operation")
+    launch: LaunchSettings = Field(LaunchSettings(), description="how jobs are started there; see `hmar-mega launch`")
 
     @property
     def gpus(self) -> int:
