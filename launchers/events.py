@@ -40,7 +40,7 @@ def read_events(run: Path) -> list[Event]:
         try:
             row = json.loads(line)
             head = (float(row.pop("time")), str(row.pop("event")), str(row.pop("job")), int(row.pop("attempt")))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             continue
         events.append(Event(*head, {key: str(value) for key, value in row.items()}))
     return events
