@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
 from hmar_mega.config_base import Section
 
@@ -32,12 +32,23 @@ def seconds_of(text: str) -> int:
     return (hours * 60 + minutes) * 60 + seconds
 
 
+def _time(value: Any) -> str:
+    """YAML reads an unquoted 12:00:00 as a number of seconds, and 90 is one of minutes: ask for quotes."""
+    if not isinstance(value, str):
+        raise ValueError('write times in quotes, such as "12:00:00": without them YAML makes a number of it')
+    seconds_of(value)
+    return value
+
+
+SlurmTime = Annotated[str, BeforeValidator(_time)]
+
+
 class Partition(Section):
     """Limits of a partition, known beforehand; where SLURM answers, it is asked too."""
 
     nodes: int | None = Field(None, ge=1)
     gpus_per_node: int | None = Field(None, ge=1)
-    time: str | None = Field(None, description="the longest job, as SLURM writes times")
+    time: SlurmTime | None = Field(None, description="the longest job, as SLURM writes times")
 
 
 class Container(Section):
@@ -69,7 +80,7 @@ class LaunchSettings(Section):
     partitions: dict[str, Partition] = Field({}, description="limits by name, checked before submission")
     account: str | None = None
     qos: str | None = None
-    time: str = Field("1-00:00:00", description="limit of one job; longer runs are requeued until they are done")
+    time: SlurmTime = Field("1-00:00:00", description="limit of one job; longer runs are requeued until they are done")
     cpus_per_task: int | None = Field(None, ge=1)
     memory: str | None = Field(None, description="of a node, as sbatch --mem takes it; 0 is all of it")
     gpu_option: Literal["gpus-per-node", "gres"] = "gpus-per-node"
@@ -86,9 +97,3 @@ class LaunchSettings(Section):
     signal_seconds: int = Field(300, ge=10, description="how long before the limit a run is told to save and requeue")
     shared_folder: str | None = Field(None, description="runs must lie below it: what every node sees")
     health: Health = Health()
-
-    @field_validator("time")
-    @classmethod
-    def _is_a_time(cls, value: str) -> str:
-        seconds_of(value)
-        return value

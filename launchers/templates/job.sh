@@ -146,7 +146,7 @@ count_restart() {
   echo $((attempt + 1)) >"$launch_dir/restarts"
 }
 
-# requeue EVENT REASON [BAD NODE]…: this job again, without the bad nodes.
+# requeue EVENT REASON [BAD NODE]…: this job again, without the bad nodes. SLURM lets it wait for about two minutes.
 requeue() {
   local event=$1 reason=$2 excluded try
   shift 2
@@ -155,12 +155,12 @@ requeue() {
   note "$event" reason "$reason" excluded "$excluded"
   trap '' TERM USR1    # the requeue ends this script too, and the job can be changed only after it
   scontrol requeue "$SLURM_JOB_ID" || stop failed "SLURM refuses to requeue the job ($reason)" 1
+  [ -n "$excluded" ] || exit 0
   for try in {1..20}; do
-    # StartTime: SLURM would let a requeued job wait for two minutes
-    if scontrol update JobId="$SLURM_JOB_ID" StartTime=now ${excluded:+ExcNodeList="$excluded"}; then exit 0; fi
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" && exit 0
     sleep 0.5
   done
-  echo "hmar-mega: the requeued job could not be changed; it starts when SLURM likes, perhaps on the same nodes" >&2
+  echo "hmar-mega: SLURM does not exclude $excluded for the requeued job; they are checked again before it trains" >&2
   exit 0
 }
 

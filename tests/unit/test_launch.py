@@ -48,6 +48,26 @@ def test_what_is_no_time_is_refused(text: str) -> None:
         seconds_of(text)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{time: 12:00:00}", r"launch.time=43200: .*write times in quotes, such as \"12:00:00\""),
+        ("{time: soon}", "'soon' is not a time of SLURM"),
+        ("{acount: images}", r"unknown key launch\.acount; did you mean account\?"),
+        ("{container: {kind: pyxis}}", r"launch\.container\.image is missing"),
+        (
+            "{health: {max_clock_skew: 3}}",
+            r"unknown key launch\.health\.max_clock_skew; did you mean max_clock_skew_s\?",
+        ),
+    ],
+)
+def test_mistakes_in_a_cluster_file_are_named(line: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "ours.yaml"
+    file.write_text(f"gpu: some GPU\n{yaml.safe_dump(RATES)}launch: {line}\n")
+    with pytest.raises(UserError, match=words):
+        load_cluster(str(file))
+
+
 def test_the_script_asks_for_a_task_a_gpu_and_an_early_signal() -> None:
     launch = {"partition": "h100", "account": "images", "qos": "long", "cpus_per_task": 12, "signal_seconds": 200}
     text = render(job_of(cluster_of(**launch), partition="h100"))
