@@ -45,7 +45,7 @@ ReturnToService=2
 MpiDefault=none
 SwitchType=switch/none
 MailProg=/bin/true
-SlurmdTimeout=15
+SlurmdTimeout=10
 KillWait=20
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
 SlurmdParameters=config_overrides
