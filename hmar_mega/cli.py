@@ -16,6 +16,7 @@ from hmar_mega.data.cli import add_data_parser
 from hmar_mega.errors import UserError
 from hmar_mega.inference.cli import add_inference_parsers
 from hmar_mega.interrupts import Interrupts
+from hmar_mega.launchers.cli import add_launcher_parsers
 from hmar_mega.parsers import add_command, add_config_arguments
 from hmar_mega.planning.cli import add_plan_parser
 from hmar_mega.progress import LogHandler
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_tokenizer_parser(commands)
     add_plan_parser(commands)
     _add_train(commands)
+    add_launcher_parsers(commands)
     add_checkpoint_parser(commands)
     _add_export(commands)
     add_convert_parser(commands)

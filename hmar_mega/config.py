@@ -346,6 +346,10 @@ class RunConfig(Section):
     peer_timeout: float = Field(
         60, ge=0, description="seconds without a sign of life after which a process is given up as lost; 0 never"
     )
+    hang_factor: float = Field(
+        20, ge=0, description="a step that takes so many times the median of the last ones hangs: all end; 0 never"
+    )
+    hang_floor: float = Field(300, gt=0, description="seconds that a step may always take")
     resume: bool = Field(True, description="continue when the run directory already has a checkpoint")
 
 

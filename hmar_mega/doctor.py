@@ -13,7 +13,6 @@ import platform
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +20,8 @@ import torch
 import torch.distributed as dist
 from packaging.specifiers import SpecifierSet
 
+from hmar_mega.doctor_cluster import inspect_cluster
+from hmar_mega.doctor_item import Item
 from hmar_mega.probe import Check, Machine, check_all, format_checks, look_at_machine
 from hmar_mega.versions import SUPPORTED
 
@@ -41,25 +42,10 @@ PACKAGES = {
 }
 
 
-@dataclass(frozen=True)
-class Item:
-    """One line of the report.
-
-    Attributes:
-        status: `ok`, `warning` (something will be slow, small or untested) or `missing`.
-        advice: what it means and what to do; empty when all is well.
-    """
-
-    name: str
-    value: str
-    status: str = "ok"
-    advice: str = ""
-
-
 def examine(json_wanted: bool = False) -> str:
     """The report on this machine, as tables or as JSON."""
     machine = look_at_machine()
-    items = [*inspect_software(), *inspect_hardware(machine)]
+    items = [*inspect_software(), *inspect_hardware(machine), *inspect_cluster()]
     checks = check_all(machine)
     return as_json(machine, items, checks) if json_wanted else as_text(items, checks)
 

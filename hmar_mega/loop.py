@@ -26,6 +26,7 @@ from hmar_mega.metrics import MetricsLog
 from hmar_mega.objective import Objective, TokenBatch, per_scale_sums
 from hmar_mega.parallel.agreement import Agreement
 from hmar_mega.parallel.dims import ParallelDims
+from hmar_mega.parallel.hang import StepWatch
 from hmar_mega.parallel.pipeline import PipelineModel
 from hmar_mega.progress import track
 
@@ -66,6 +67,7 @@ class Run:
     validation: Any  #: () → iterable of TokenBatch, or None
     validation_rounds: int  #: batches of the rank that has most of them in a validation
     agreement: Agreement  #: whether the ranks stop
+    watch: StepWatch  #: whether a step hangs
     sampler: Sampler | None
     last_step: int
     state: dict[str, Any]  #: what every checkpoint's state.json records
@@ -112,6 +114,7 @@ def train(run: Run) -> None:
 def _step(run: Run, window: Window) -> Window:
     """One optimizer step and what is due after it; returns the window of the next log line."""
     config, engine = run.config, run.engine
+    run.watch.begin()
     run.agreement.begin()
     lr = engine.learning_rate
     batches = next(run.loader)
@@ -120,6 +123,7 @@ def _step(run: Run, window: Window) -> Window:
     window.grad_norm, scored = engine.train_step(batches, run.objective)
     losses = torch.stack([s.loss.detach().mean().double() for s in scored]) if scored else window.loss.new_zeros(0)
     stop = run.agreement.end()
+    run.watch.end()
     if engine.skipped_in_a_row:
         _record_skipped(run, batches, losses)
     else:

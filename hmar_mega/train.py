@@ -52,6 +52,7 @@ from hmar_mega.model.stage import Stage, split_layers
 from hmar_mega.objective import Objective
 from hmar_mega.parallel.agreement import Agreement
 from hmar_mega.parallel.dims import ParallelDims, parallel_world
+from hmar_mega.parallel.hang import StepWatch
 from hmar_mega.parallel.liveness import watch_peers
 from hmar_mega.parallel.pipeline import PipelineModel
 from hmar_mega.probe import format_checks, require_kernels
@@ -90,8 +91,9 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
         check_origin(config, tokenizer.fingerprint)
     with (
         parallel_world(config) as dims,
-        watch_peers(dims, config.run.peer_timeout, lambda: last_checkpoint_name(folder)),
+        watch_peers(dims, config.run.peer_timeout, lambda: last_checkpoint_name(folder)) as report_hang,
         run_lock(folder, dims),
+        StepWatch(config.run.hang_factor, config.run.hang_floor, report_hang) as watch,
     ):
         # again, now that nobody else writes there
         reader = resumable_together(config, folder, tokenizer.fingerprint, dims)
@@ -107,7 +109,7 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
             verify_together(reader.folder, dims)
         engine, start, best = _build_engine(config, folder, dims, schedule, reader)
         agreement = Agreement(interrupts or Interrupts(), dims)
-        run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step, agreement)
+        run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step, agreement, watch)
         run.progress.best_loss = _best_so_far(run, best)
         run.saver.failed_saves = int(reader.state.get("failed_saves", 0)) if reader is not None else 0
         if dims.is_main and engine.step < last_step:
@@ -262,6 +264,7 @@ def _warn_of_other_semantics(config: Config, source: WeightSource) -> None:
 def _assemble(
     config: Config, folder: Path, dims: ParallelDims, engine: Engine, tokenizer: MultiScaleVQVAE,
     data: ShardReader, validation: ShardReader | None, last_step: int, agreement: Agreement,
+    watch: StepWatch,
 ) -> loop.Run:  # fmt: skip
     loader = StreamLoader(
         data, SampleOrder(len(data), config.run.seed), config.data.batch_plan,
@@ -284,7 +287,7 @@ def _assemble(
     return loop.Run(
         config=config, folder=folder, dims=dims, engine=engine,
         objective=Objective(config, tokenizer.quantizer, dims.device),
-        loader=loader, validation=batches, validation_rounds=rounds, agreement=agreement,
+        loader=loader, validation=batches, validation_rounds=rounds, agreement=agreement, watch=watch,
         sampler=GridSampler(model, tokenizer, config, dims.is_main) if config.eval.grid_count else None,
         last_step=last_step,
         state={

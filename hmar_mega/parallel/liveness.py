@@ -2,7 +2,8 @@
 
 A thread of every rank counts up its heartbeat in a store on rank 0 and watches the count of the next rank. A count that
 stands still for `timeout` seconds means that this rank is lost; everybody reads so in the store. Rank 0 itself is lost
-when its store no longer answers. Then each process says who was lost and ends, as it could only wait for ever.
+when its store no longer answers. Then each process says who was lost and ends, as it could only wait for ever. So it
+does when a rank reports that training hangs, after showing where it stands itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch.distributed as dist
 
 from hmar_mega.parallel.dims import ParallelDims
+from hmar_mega.parallel.hang import dump_stacks
 
 log = logging.getLogger(__name__)
 
@@ -48,35 +50,50 @@ class Loss:
         who: its host and process.
         why: how it was noticed; or its own error.
         stopped: whether it ended by an error of its own.
+        hung: whether nobody is lost, but no step ends.
     """
 
     rank: int
     who: str
     why: str
     stopped: bool = False
+    hung: bool = False
 
 
 @contextlib.contextmanager
-def watch_peers(dims: ParallelDims, timeout: float, last_checkpoint: Callable[[], str]) -> Iterator[None]:
+def watch_peers(
+    dims: ParallelDims, timeout: float, last_checkpoint: Callable[[], str]
+) -> Iterator[Callable[[str], None]]:
     """While the block runs, end this process with a message when another one is lost; collective on entry.
 
     An error of the block itself is raised as it is, and told to the others; one that says only that another process
     failed is answered with who that was. Alone, or with timeout 0, nothing is watched.
+
+    Yields:
+        What to call, from any thread, with the reason why training hangs: all processes that can be told show the
+        stacks of their threads and end, this one too.
 
     Args:
         timeout: seconds without a sign of life; the heartbeat comes every second, or three times in this time.
         last_checkpoint: its name, for the message.
     """
     if dims.world_size == 1 or timeout == 0:
-        yield
+        yield lambda why: _end_hung(dims.rank, why)
         return
     watch = _Watch(dims, timeout, last_checkpoint)
     try:
-        yield
+        yield watch.hung
     except BaseException as err:
         watch.failed(err)
         raise
     watch.finished()
+
+
+def _end_hung(rank: int, why: str) -> None:
+    """End a process that has nobody to tell."""
+    dump_stacks(rank)
+    log.error("rank %d: %s; start the same command again to go on from the last checkpoint", rank, why)
+    os._exit(LOST_RANK_STATUS)
 
 
 def _blames_a_peer(err: BaseException) -> bool:
@@ -99,7 +116,8 @@ class _Watch:
         self._outbox: queue.SimpleQueue[tuple[str, str, threading.Event]] = queue.SimpleQueue()
         self._wake, self._stop = threading.Event(), threading.Event()
         self._ending = threading.Lock()
-        me = f"host {socket.gethostname()}, process {os.getpid()}"
+        # under SLURM by the name that the job can be told to avoid
+        me = f"host {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}, process {os.getpid()}"
         place: list[Any] = [None]
         if self.rank == 0:
             self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -137,6 +155,12 @@ class _Watch:
         if self.rank == 0:
             self._serve("seen", self.world, 3 * self.interval)
         self._close()
+
+    def hung(self, why: str) -> None:
+        """Tell all ranks, this one too, to show their stacks and end. The first reason counts."""
+        self._tell("lost", json.dumps(asdict(Loss(self.rank, "", why, hung=True))))
+        if not self.known.wait(self.timeout):  # the heartbeat thread waits for a store that does not answer
+            _end_hung(self.rank, why)
 
     def _close(self) -> None:
         self._stop.set()
@@ -228,6 +252,8 @@ class _Watch:
         with self._ending:
             assert self.loss is not None
             try:
+                if self.loss.hung:
+                    dump_stacks(self.rank)
                 log.error("%s", self._obituary(self.loss))
                 if self.rank == 0:
                     self._serve("seen", self.world - 1, 3 * self.interval)
@@ -241,6 +267,8 @@ class _Watch:
         if loss.stopped:
             return f"rank {loss.rank} stopped: {loss.why}"
         onward = f"last checkpoint: {self._last_checkpoint()}; start the same command again to go on from it"
+        if loss.hung:
+            return f"rank {loss.rank} reports: {loss.why}; {onward}"
         if loss.rank == self.rank:
             return f"the others have given up this rank, {loss.rank} ({loss.who}): {loss.why}; {onward}"
         return f"lost rank {loss.rank} ({loss.who}): {loss.why}; {onward}"

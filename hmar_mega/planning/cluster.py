@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from hmar_mega.config_base import Section
 from hmar_mega.errors import UserError
+from hmar_mega.planning.launch_settings import Container, Health, LaunchSettings, Partition
 
 GIB = 2**30
 
@@ -39,6 +40,7 @@ class Cluster(Section):
     intra_node_latency_us: float = Field(10.0, ge=0, description="of one collective step inside a node")
     inter_node_latency_us: float = Field(25.0, ge=0, description="of one collective step between nodes")
     launch_us: float = Field(8.0, ge=0, description="host time to start one PyTorch operation")
+    launch: LaunchSettings = Field(LaunchSettings(), description="how jobs are started there; see `hmar-mega launch`")
 
     @property
     def gpus(self) -> int:
@@ -103,11 +105,13 @@ def load_cluster(name_or_path: str, nodes: int | None = None, gpus_per_node: int
 def _explain(file: str, error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = sorted(Cluster.model_fields)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.3) or known
+        inner = [LaunchSettings, Partition, Container, Health] if error["loc"][0] == "launch" else [Cluster]
+        known = sorted({name for section in inner for name in section.model_fields})
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.3) or known
         return f"cluster {file}: unknown key {key}; did you mean {near[0]}?"
     if error["type"] == "missing":
-        return f"cluster {file}: {key} is missing; it is {Cluster.model_fields[key].description or 'needed'}"
+        described = Cluster.model_fields.get(key)
+        return f"cluster {file}: {key} is missing; it is {(described and described.description) or 'needed'}"
     return f"cluster {file}: {key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 

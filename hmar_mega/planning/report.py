@@ -80,7 +80,7 @@ def to_json(report: Report, top: int) -> dict[str, Any]:
     return {
         "config": report.name,
         "model": {"parameters": report.parameters, "about": report.model},
-        "cluster": {**report.cluster.model_dump(), "gpus": report.cluster.gpus},
+        "cluster": {**report.cluster.model_dump(exclude={"launch"}), "gpus": report.cluster.gpus},
         "global_batch_size": report.batch,
         "own": {"plan": report.own and plan_json(report.own, report.cluster), "problem": report.own_problem},
         "recommended": report.best and plan_json(report.best, report.cluster),

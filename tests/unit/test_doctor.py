@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from hmar_mega import doctor, probe
+from hmar_mega import doctor, doctor_cluster, probe
 from hmar_mega.cli import main
 from hmar_mega.config_io import load_config
 from hmar_mega.errors import UserError
@@ -26,19 +29,63 @@ def test_doctor_says_what_is_missing_and_goes_on(capsys: pytest.CaptureFixture[s
     items = {item["name"]: item for item in report["items"]}
     assert {name for name, item in items.items() if item["status"] == "ok"} >= {"Python", "torch", "CPU cores"}
     assert items["GPU"]["status"] == items["NCCL"]["status"] == "missing"
-    assert {"megatron-core", "deepspeed", "transformer-engine", "triton", "free disk here", "/dev/shm"} <= set(items)
+    assert items["gloo, 2 processes"]["value"].endswith(" GB/s in all")
+    assert {
+        "SLURM",
+        "storage here",
+        "megatron-core",
+        "deepspeed",
+        "transformer-engine",
+        "triton",
+        "free disk here",
+        "/dev/shm",
+    } <= set(items)
     assert all(item["advice"] for item in items.values() if item["status"] != "ok")
     assert [done["reason"] for done in report["kernels"]] == ["no CUDA GPU is visible"] * 10
 
 
 @without_gpu
-def test_doctor_prints_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_prints_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "inspect_cluster", list)  # the test before starts its processes
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("GPU") and "missing" in line for line in lines)
     assert any(
         line.startswith("fp8 attention, head_dim 128") and line.endswith("no CUDA GPU is visible") for line in lines
     )
+
+
+def test_the_unrelated_apex_is_named_and_nvidias_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    if importlib.util.find_spec("apex") is None:
+        assert doctor_cluster.inspect_apex() == []
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    (item,) = doctor_cluster.inspect_apex()
+    assert (item.status, item.value) == ("warning", "not NVIDIA's")
+    assert "pip uninstall apex" in item.advice
+    (tmp_path / "apex" / "optimizers.py").touch()
+    importlib.invalidate_caches()
+    (item,) = doctor_cluster.inspect_apex()
+    assert (item.status, item.value) == ("ok", "NVIDIA's")
+    sys.modules.pop("apex", None)
+
+
+def test_slow_or_closed_storage_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_cluster, "STORAGE_BYTES", 1 << 20)
+    assert doctor_cluster.inspect_storage(tmp_path / "missing").status == "warning"
+    monkeypatch.setattr(doctor_cluster, "SLOW_STORAGE", 1.0)
+    assert doctor_cluster.inspect_storage(tmp_path).status == "ok"
+    monkeypatch.setattr(doctor_cluster, "SLOW_STORAGE", 1e15)
+    assert "hold training up" in doctor_cluster.inspect_storage(tmp_path).advice
+
+
+def test_without_slurm_the_doctor_says_what_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    item = doctor_cluster.inspect_slurm()
+    assert (item.status, item.value) == ("missing", "-")
+    assert "--local" in item.advice
 
 
 def test_a_package_of_another_version_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,95 @@
+"""What a run directory gets before its job is submitted: configuration, code revision with changes, and the scripts."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+
+from hmar_mega.config import Config
+from hmar_mega.config_io import config_to_yaml
+from hmar_mega.errors import UserError
+from hmar_mega.files import write_atomic
+
+#: Of a run directory: what `hmar-mega launch` writes and its jobs add to.
+LAUNCH_FOLDER = "launch"
+
+#: Of the launch folder.
+CONFIG_FILE, JOB_FILE, EVENTS_FILE = "config.yaml", "job.sbatch", "events.jsonl"
+
+#: Read by every job script.
+COMMON = ("await.sh", "job.sh", "task.sh")
+
+
+def templates() -> Path:
+    """The folder of the job scripts as they are packaged."""
+    return Path(str(resources.files("hmar_mega.launchers"))) / "templates"
+
+
+def prepare(config: Config, files: Mapping[str, str], command: Sequence[str]) -> Path:
+    """Write RUN/launch: the full configuration, the command, the revision of the code with its changes, and `files`.
+
+    Args:
+        files: further files by name, such as the job script.
+        command: the command line that asked for it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    folder = Path(str(config.run.dir)) / LAUNCH_FOLDER
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    described, changes = _revision()
+    written = {
+        CONFIG_FILE: config_to_yaml(config),
+        "command.txt": f"# {now}, in {Path.cwd()}\n{shlex.join(command)}\n",
+        "revision.txt": described + "\n",
+        "changes.diff": changes,
+        **{name: (templates() / name).read_text(encoding="utf-8") for name in COMMON},
+        **files,
+    }
+    for name, text in written.items():
+        write_atomic(folder / name, text)
+    for name in ("logs", "statuses"):
+        (folder / name).mkdir(exist_ok=True)
+    return folder
+
+
+def launch_config(config: Config) -> Config:
+    """The configuration with an absolute run directory, as jobs may start elsewhere.
+
+    Raises:
+        UserError: when it names none.
+    """
+    if config.run.dir is None:
+        raise UserError("run.dir is not set: say where the run goes, for example run.dir=runs/d16")
+    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).absolute())})
+    return config.model_copy(update={"run": run})
+
+
+def python_of(virtualenv: str | None) -> str:
+    """The interpreter of a virtual environment; by default the one that runs now."""
+    return sys.executable if virtualenv is None else str(Path(virtualenv) / "bin" / "python")
+
+
+def _revision() -> tuple[str, str]:
+    """`git describe` of the code, and its uncommitted changes; outside git the first says so."""
+    source = str(Path(__file__).resolve().parent)
+    outputs = []
+    for arguments in (("describe", "--always", "--dirty", "--long", "--tags"), ("diff", "HEAD")):
+        try:
+            done = subprocess.run(
+                ["git", "-C", source, *arguments], capture_output=True, text=True, timeout=20, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            from hmar_mega import __version__
+
+            return f"version {__version__}, not in a git repository", ""
+        outputs.append(done.stdout)
+    return outputs[0].strip(), outputs[1]
