@@ -122,7 +122,7 @@ class Objective:
 
 
 def per_scale_sums(scores: Scores, objective: Objective) -> Tensor:
-    """Σ cross-entropy and count of the predicted positions of each scale, (2, K), in evaluation Σ errors too, (3, K)."""
+    """Σ cross-entropy and count of predicted positions by scale, (2, K); in evaluation Σ errors too: (3, K)."""
     counted = scores.counted.double()
     given = [scores.cross_entropy.double() * counted, counted]
     if scores.errors is not None:
