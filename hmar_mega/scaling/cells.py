@@ -1,7 +1,8 @@
 """The cells of a sweep: one training run each, with a stable identity that follows from its settings.
 
 A cell's key says where it stands in the grid (size, images, seed); its digest is a hash of every setting that can
-change its result. A key that comes back with another digest is a changed experiment, which `state.py` refuses to mix in.
+change its result. A key that comes back with another digest is a changed experiment, which `state.py` refuses to mix
+with the old one.
 """
 
 from __future__ import annotations

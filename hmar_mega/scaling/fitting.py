@@ -25,6 +25,7 @@ from hmar_mega.scaling.frontier import (
 )
 from hmar_mega.scaling.laws import PowerLaw, fit_power_law
 from hmar_mega.scaling.results import Point
+from hmar_mega.scaling.state import read_sweep
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +118,15 @@ def all_laws(points: Sequence[Point], seed: int = 0) -> list[Law]:
     for quantity, variable in wanted:
         if not all(quantity in point.values for point in points):
             continue
-        chosen = {
-            "N": lambda _: results.at_most_data(points),
-            "D": lambda _: results.at_largest_size(points),
-            "C": lambda q: results.pareto(points, q),
-        }[variable](quantity)
+        chosen = _chosen(points, quantity, variable)
         found += [_law(chosen, quantity, variable, irreducible, seed) for irreducible in (False, True)]
     return found
+
+
+def _chosen(points: Sequence[Point], quantity: str, variable: str) -> list[Point]:
+    if variable == "N":
+        return results.at_most_data(points)
+    return results.at_largest_size(points) if variable == "D" else results.pareto(points, quantity)
 
 
 def _law(points: Sequence[Point], quantity: str, variable: str, irreducible: bool, seed: int) -> Law:
@@ -140,7 +143,7 @@ def predict_largest(folder: Path, points: Sequence[Point], seed: int, notes: lis
 
     The first prediction that is made while the largest is not measured is kept in PREDICTION_FILE and compared later.
     """
-    entries = results.read_sweep(folder)
+    entries = read_sweep(folder)
     sized = results.at_most_data(points) if points else []
     images = sized[0].images if sized else 0
     sizes = {e["non_embedding"] for e in entries if e["images"] == images}

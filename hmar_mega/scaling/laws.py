@@ -182,7 +182,7 @@ def _resample(problem: _Problem, best: Array, predicted: Array, residuals: Array
             other = best - np.array([0.0, 0.0, lower])
             tries.append(_minimise(problem, np.broadcast_to(other, (RESAMPLES, p)), targets, width))
     losses = np.stack([loss for _, loss in tries])
-    return np.stack([found for found, _ in tries])[np.argmin(losses, axis=0), np.arange(RESAMPLES)]
+    return np.asarray(np.stack([found for found, _ in tries])[np.argmin(losses, axis=0), np.arange(RESAMPLES)])
 
 
 def _minimise(problem: _Problem, starts: Array, targets: Array, width: float) -> tuple[Array, Array]:

@@ -135,9 +135,9 @@ def _page(fit: Fit, name: str, pictures: Mapping[str, Path]) -> str:
         report_page.element("h1", f"Scaling laws of {name}"),
         report_page.element(
             "p",
-            f"{len(fit.points)} finished runs. Losses in nats a token on validation data; errors are how often the most "
-            "likely token is not the right one. Laws are A·x^−α, with E added where said; fitted to logarithms under "
-            "Huber's loss, intervals from resampled residuals.",
+            f"{len(fit.points)} finished runs. Losses in nats a token on validation data; errors are how often the "
+            "most likely token is not the right one. Laws are A·x^−α, with E added where said; fitted to logarithms "
+            "under Huber's loss, intervals from resampled residuals.",
             "lead",
         ),
         *(report_page.element("p", text) for text in [*_sentences(fit), *fit.notes, *_missing(fit)]),

@@ -133,7 +133,7 @@ class BatchRule(Section):
         if self.rule == "fixed":
             return size
         wanted = size * (images / float(self.reference_images or images)) ** self.exponent
-        return max(1, round(wanted / self.multiple_of)) * self.multiple_of
+        return max(1, round(float(wanted) / self.multiple_of)) * self.multiple_of
 
 
 class SweepSpec(Section):

@@ -116,18 +116,18 @@ def refuse_changed(folder: Path, cells: Sequence[Cell]) -> None:
             begun[path.name.rsplit("-", 1)[0]] = path
     changed = []
     for cell in cells:
-        path = begun.get(cell.key)
-        if path is None or path.name == cell.name:
+        other = begun.get(cell.key)
+        if other is None or other.name == cell.name:
             continue
-        before, now = identity(load_config(path / "config.yaml")), identity(cell.config)
+        before, now = identity(load_config(other / "config.yaml")), identity(cell.config)
         keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         words = ", ".join(f"{key} {before.get(key)} → {now.get(key)}" for key in keys[:4])
-        changed.append(f"{path.name} ({words}{' …' if len(keys) > 4 else ''})")
+        changed.append(f"{other.name} ({words}{' …' if len(keys) > 4 else ''})")
     if changed:
         raise UserError(
             f"{folder} has cells that were begun with other settings: {'; '.join(changed[:3])}"
-            f"{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}. One fit must not mix them: undo the change, "
-            "or give the sweep another dir"
+            f"{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}. One fit must not mix them: undo "
+            "the change, or give the sweep another dir"
         )
 
 
