@@ -28,8 +28,8 @@ SMALLEST_WIDTH = 1e-3
 #: Median absolute deviation of a normal distribution by its standard deviation.
 MAD_OF_NORMAL = 0.6745
 
-#: Most steps of the minimisation, and a relative gain below which it ends.
-MAX_STEPS, GAIN = 200, 1e-12
+#: Most steps of the minimisation, a relative gain below which it ends, and a damping above which no step helps.
+MAX_STEPS, GAIN, LARGEST_DAMPING = 200, 1e-9, 1e6
 
 #: Resamples of an interval, and the share of them it covers.
 RESAMPLES, COVERAGE = 400, 0.95
@@ -177,10 +177,9 @@ def _resample(problem: _Problem, best: Array, predicted: Array, residuals: Array
     enlarged = (residuals - np.median(residuals)) * math.sqrt(n / free) * t.ppf(tail, free) / norm.ppf(tail)
     targets = predicted + generator.choice(enlarged, size=(RESAMPLES, n))
     tries = [_minimise(problem, np.broadcast_to(best, (RESAMPLES, p)), targets, width)]
-    if problem.irreducible:  # also from a lower and from a nearly missing irreducible term
-        for lower in (0.3, 2.0):
-            other = best - np.array([0.0, 0.0, lower])
-            tries.append(_minimise(problem, np.broadcast_to(other, (RESAMPLES, p)), targets, width))
+    if problem.irreducible:  # also from a lower irreducible term
+        other = best - np.array([0.0, 0.0, 0.5])
+        tries.append(_minimise(problem, np.broadcast_to(other, (RESAMPLES, p)), targets, width))
     losses = np.stack([loss for _, loss in tries])
     return np.asarray(np.stack([found for found, _ in tries])[np.argmin(losses, axis=0), np.arange(RESAMPLES)])
 
@@ -191,24 +190,25 @@ def _minimise(problem: _Problem, starts: Array, targets: Array, width: float) ->
     damping = np.full(len(at), 1e-2)
     residuals = targets - problem.predict(at)
     loss = _huber(residuals, width)
-    identity = np.eye(at.shape[1])
+    identity, going = np.eye(at.shape[1]), np.arange(len(at))
     for _ in range(MAX_STEPS):
-        jacobian = problem.jacobian(at)
-        weighted = jacobian * np.minimum(1, width / np.maximum(np.abs(residuals), 1e-300))[..., None]
-        normal = np.einsum("bni,bnj->bij", weighted, jacobian)
+        now, left = at[going], residuals[going]
+        jacobian = problem.jacobian(now)
+        weighted = jacobian * np.minimum(1, width / np.maximum(np.abs(left), 1e-300))[..., None]
+        normal = weighted.transpose(0, 2, 1) @ jacobian
         diagonal = np.einsum("bii->bi", normal)[..., None] * identity
-        gradient = np.einsum("bni,bn->bi", weighted, residuals)
-        step = np.linalg.solve(normal + damping[:, None, None] * diagonal + 1e-12 * identity, gradient[..., None])
-        trial = at + np.clip(step[..., 0], -2.0, 2.0)
-        trial_residuals = targets - problem.predict(trial)
-        trial_loss = _huber(trial_residuals, width)
-        better = trial_loss < loss
-        done = ~better | (loss - trial_loss <= GAIN * loss)
-        at = np.where(better[:, None], trial, at)
-        residuals = np.where(better[:, None], trial_residuals, residuals)
-        loss = np.where(better, trial_loss, loss)
-        damping = np.clip(np.where(better, damping / 4, damping * 6), 1e-12, 1e8)
-        if (done & ((damping >= 1e6) | better)).all():
+        gradient = (weighted * left[..., None]).sum(axis=1)
+        damped = normal + damping[going, None, None] * diagonal + 1e-12 * identity
+        trial = now + np.clip(np.linalg.solve(damped, gradient[..., None])[..., 0], -2.0, 2.0)
+        trial_residuals = targets[going] - problem.predict(trial)
+        gain = loss[going] - _huber(trial_residuals, width)
+        better = gain > 0
+        at[going[better]], residuals[going[better]] = trial[better], trial_residuals[better]
+        ended = np.where(better, gain <= GAIN * loss[going], damping[going] >= LARGEST_DAMPING)
+        loss[going[better]] -= gain[better]
+        damping[going] = np.maximum(np.where(better, damping[going] / 4, damping[going] * 6), 1e-12)
+        going = going[~ended]
+        if not len(going):
             break
     return at, loss
 
