@@ -36,6 +36,14 @@ PREDICTION_FILE = "prediction.json"
 MAIN_QUANTITIES = ("loss/last", "loss/all", "error/last", "error/all")
 
 
+#: Why there is nothing to fit in a variable.
+NO_GROUP = {
+    "N": "no number of images was seen by three sizes (budgets.iso_data with three sizes)",
+    "D": "no size was trained on three numbers of images (three images in budgets.iso_data or iso_parameters)",
+    "C": "no run is finished",
+}
+
+
 @dataclass(frozen=True)
 class Law:
     """A fitted law with what it was fitted to; `law` is None, with the reason, where it could not be."""
@@ -131,6 +139,8 @@ def _chosen(points: Sequence[Point], quantity: str, variable: str) -> list[Point
 
 def _law(points: Sequence[Point], quantity: str, variable: str, irreducible: bool, seed: int) -> Law:
     of = results.VARIABLES[variable]
+    if not points:
+        return Law(quantity, variable, irreducible, None, (), NO_GROUP[variable])
     try:
         law = fit_power_law([of(p) for p in points], [p.values[quantity] for p in points], irreducible, seed)
     except UserError as err:
@@ -199,6 +209,9 @@ def _frontier(
         except UserError as err:
             notes.append(str(err))
     notes += [f"budget of {p.flops:.3g} FLOPs: {p.why_not}" for p in parabolas if p.why_not]
+    if not groups:
+        notes.append("no frontier and no recommended model: the sweep has no budgets.iso_flop")
+        return [], None, []
     try:
         line = frontier(parabolas)
     except UserError as err:

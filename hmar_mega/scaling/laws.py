@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtrit
 
 from hmar_mega.errors import UserError
 
@@ -81,10 +81,10 @@ def fit_power_law(x: Sequence[float], y: Sequence[float], irreducible: bool, see
         irreducible: with the term E.
 
     Raises:
-        UserError: for fewer than 3 points (4 with irreducible term) or different x, or numbers that are not above 0.
+        UserError: for fewer than 3 different x (5 with irreducible term), or numbers that are not above 0.
     """
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    least = 4 if irreducible else 3
+    least = 5 if irreducible else 3
     if len(np.unique(xs)) < least:
         raise UserError(
             f"{len(np.unique(xs))} different sizes or budgets are too few for a power law "
@@ -174,7 +174,7 @@ def _resample(problem: _Problem, best: Array, predicted: Array, residuals: Array
     n, p = len(residuals), len(best)
     generator = np.random.default_rng(seed)
     free, tail = max(1, n - p), (1 + COVERAGE) / 2
-    enlarged = (residuals - np.median(residuals)) * math.sqrt(n / free) * t.ppf(tail, free) / norm.ppf(tail)
+    enlarged = (residuals - np.median(residuals)) * math.sqrt(n / free) * stdtrit(free, tail) / ndtri(tail)
     targets = predicted + generator.choice(enlarged, size=(RESAMPLES, n))
     tries = [_minimise(problem, np.broadcast_to(best, (RESAMPLES, p)), targets, width)]
     if problem.irreducible:  # also from a lower irreducible term

@@ -124,7 +124,7 @@ def show_plan(spec: SweepSpec, planned: Sequence[PlannedCell], console: Console)
     """The table of `sweep plan`."""
     cluster = sweep_cluster(spec)
     table = Table(title=f"sweep {spec.name}: {len(planned)} cells, {cluster.gpus} × {cluster.gpu} each", box=None)
-    for name in ("cell", "params", "blocks", "batch", "steps", "base lr", "PFLOP", "layout", "GiB", "GPU-h"):
+    for name in ("cell", "params", "blocks", "batch", "steps", "base lr", "FLOPs", "layout", "GiB", "GPU-h"):
         table.add_column(name, justify="left" if name in ("cell", "layout") else "right", no_wrap=True)
     if spec.price_per_gpu_hour is not None:
         table.add_column("cost", justify="right")
@@ -133,7 +133,7 @@ def show_plan(spec: SweepSpec, planned: Sequence[PlannedCell], console: Console)
         row = [
             cell.name, _short(cell.parameters), _short(cell.non_embedding),
             f"{cell.config.data.global_batch_size:,}", f"{cell.steps:,}", f"{cell.config.optim.base_lr:.2e}",
-            f"{cell.flops / 1e15:.3g}", f"{describe(layout)}, {layout.micro_batch}",
+            f"{cell.flops:.2e}", f"{describe(layout)}, {layout.micro_batch}",
             f"{item.plan.memory.peak / GIB:.1f}", f"{item.hours:.3g}",
         ]  # fmt: skip
         table.add_row(*row, *([] if item.cost is None else [f"{item.cost:,.2f}"]))
@@ -141,7 +141,7 @@ def show_plan(spec: SweepSpec, planned: Sequence[PlannedCell], console: Console)
     hours = sum(item.hours for item in planned)
     price = spec.price_per_gpu_hour
     console.print(
-        f"in all {sum(i.cell.flops for i in planned) / 1e15:.3g} PFLOP, {hours:.3g} GPU-hours of training steps"
+        f"in all {sum(i.cell.flops for i in planned):.3g} FLOPs, {hours:.3g} GPU-hours of training steps"
         + ("" if price is None else f", cost {hours * price:,.2f} at {price} an hour")
         + "; times are predictions, and starting, evaluating and saving come on top"
     )
@@ -165,4 +165,7 @@ def plan_json(planned: Sequence[PlannedCell]) -> list[dict[str, Any]]:
 
 
 def _short(count: int) -> str:
-    return f"{count / 1e6:,.2f} M" if count < 1e9 else f"{count / 1e9:,.3f} B"
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count / 1e3:.1f} k"

@@ -15,6 +15,9 @@ from hmar_mega.scaling.results import VARIABLES, Point
 #: Colours told apart by anyone (Okabe and Ito).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
+#: Irreducible terms below this are none: the fit went as low as logarithms go.
+NO_FLOOR = 1e-5
+
 AXES = {"N": "parameters of the blocks", "D": "images trained on", "C": "training FLOPs"}
 NAMES = {
     "loss/last": "loss, last scale", "loss/all": "loss, all scales",
@@ -44,15 +47,17 @@ def draw_all(fit: Fit, folder: Path) -> dict[str, Path]:
     return drawn
 
 
-def _new(columns: int, height: float = 4.2) -> tuple[Any, Any]:
+def _new(columns: int, height: float = 4.2, rows: int = 1) -> tuple[Any, Any]:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(5.2 * columns, height), layout="constrained", squeeze=False)
-    for one in axes[0]:
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(5.2 * columns, height * rows), layout="constrained", squeeze=False
+    )
+    for one in axes.flat:
         one.set_xscale("log")
         one.grid(True, which="major", color="0.92")
         one.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
+    return figure, axes.flatten()
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -64,7 +69,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _laws(laws: Sequence[Law], variable: str, fit: Fit, path: Path) -> Path:
-    figure, axes = _new(len(NAMES))
+    figure, axes = _new(2, rows=2)
     for one, (quantity, name) in zip(axes, NAMES.items(), strict=True):
         mine = [law for law in laws if law.quantity == quantity]
         points = mine[0].points if mine else ()
@@ -89,7 +94,7 @@ def _curve(axes: Any, law: Law, x: Sequence[float]) -> None:
         return
     found, colour = law.law, ORANGE if law.irreducible else BLUE
     at = np.geomspace(min(x), max(x), 60)
-    floor = f"{found.irreducible:.3g} + " if law.irreducible else ""
+    floor = f"{found.irreducible:.3g} + " if law.irreducible and found.irreducible > NO_FLOOR else ""
     axes.plot(at, found(at), color=colour, label=f"{floor}{found.scale:.3g}·{law.variable}^−{found.exponent:.3f}")
     band = np.array([found.interval(float(value)) for value in at])
     axes.fill_between(at, band[:, 0], band[:, 1], color=colour, alpha=0.15, linewidth=0)

@@ -16,7 +16,7 @@ from hmar_mega import report_page
 from hmar_mega.files import write_atomic
 from hmar_mega.scaling.fitting import Fit, Law, Prediction
 from hmar_mega.scaling.laws import COVERAGE
-from hmar_mega.scaling.plots import draw_all
+from hmar_mega.scaling.plots import NO_FLOOR, draw_all
 
 LAW_COLUMNS = ("quantity", "in", "runs", "exponent", "95 % interval", "scale at 1", "irreducible", "spread", "Pearson")
 
@@ -75,11 +75,16 @@ def _law_cells(law: Law) -> list[str]:
     low, high = found.exponent_interval
     floor = "–"
     if law.irreducible:
-        floor = f"{found.irreducible:.3g} [{found.irreducible_interval[0]:.3g}, {found.irreducible_interval[1]:.3g}]"
+        lowest, highest = found.irreducible_interval
+        floor = f"{_floor(found.irreducible)} [{_floor(lowest)}, {_floor(highest)}]"
     return [
         law.quantity, law.variable, str(found.points), f"{found.exponent:.4f}", f"[{low:.4f}, {high:.4f}]",
         f"{found.scale:.3g}", floor, f"{found.spread:.2%}", f"{found.correlation:.3f}",
     ]  # fmt: skip
+
+
+def _floor(value: float) -> str:
+    return "0" if value < NO_FLOOR else f"{value:.3g}"
 
 
 def _sentences(fit: Fit) -> list[str]:

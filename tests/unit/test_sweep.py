@@ -12,18 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from hmar_mega.cli import main
 from hmar_mega.config_io import load_config
 from hmar_mega.errors import UserError
-from hmar_mega.scaling import state, submit
+from hmar_mega.flops import train_flops_per_image
+from hmar_mega.scaling import laws, state, submit
 from hmar_mega.scaling.cells import Cell, expand
-from hmar_mega.scaling.fitting import fit_sweep
-from hmar_mega.scaling.frontier import parabola
+from hmar_mega.scaling.fitting import Fit, fit_sweep
+from hmar_mega.scaling.frontier import frontier, iso_flop_groups, parabola, recommend
 from hmar_mega.scaling.plan import plan_cells
+from hmar_mega.scaling.plots import draw_all
 from hmar_mega.scaling.results import Point, pareto
 from hmar_mega.scaling.spec import LearningRateRule, load_sweep
 from hmar_mega.schedules import Schedule
+
+#: What a recommended model of depth 2 sets.
+DEPTH_2 = ["model.depth=2", "model.width=128", "model.heads=2"]
 
 WIDTHS = (16, 32, 48, 64, 96)
 IMAGES = 6400
@@ -211,9 +217,11 @@ def test_an_array_has_a_task_a_cell_and_what_slurm_still_holds_is_not_submitted_
     assert (folder / "arrays" / "002.cells").read_text().split() == [names[0], names[2], names[4]]
 
 
-def test_the_largest_model_is_predicted_before_it_is_measured_and_compared_after(tmp_path, capsys):
+def test_the_largest_model_is_predicted_before_it_is_measured_and_compared_after(tmp_path, capsys, monkeypatch):
     """Losses are 1.2 + 40·N^−0.3 exactly, so that the law with irreducible term must meet the largest."""
-    names, path, folder = enter(write_spec(tmp_path)), tmp_path / "SWEEP.yaml", tmp_path / "sweep"
+    monkeypatch.setattr(laws, "RESAMPLES", 40)
+    wider = [{"depth": 2, "width": w, "heads": 2} for w in (*WIDTHS, 128)]
+    names, path, folder = enter(write_spec(tmp_path, sizes=wider)), tmp_path / "SWEEP.yaml", tmp_path / "sweep"
     sizes = {entry["cell"]: entry["non_embedding"] for entry in state.read_sweep(folder)}
     for name in names[:-1]:
         finish(folder, name, 1.2 + 40 * sizes[name] ** -0.3)
@@ -228,8 +236,8 @@ def test_the_largest_model_is_predicted_before_it_is_measured_and_compared_after
     assert all(p["before"] for p in kept.values())
     assert kept["loss/all", True]["relative_error"] == pytest.approx(0, abs=1e-4)
     assert abs(kept["loss/all", False]["relative_error"]) > 1e-3
-    laws = {(law["quantity"], law["variable"], law["with_irreducible"]): law for law in result["laws"]}
-    assert laws["loss/2", "N", True]["exponent"] == pytest.approx(0.3, abs=1e-3)
+    found = {(law["quantity"], law["variable"], law["with_irreducible"]): law for law in result["laws"]}
+    assert found["loss/2", "N", True]["exponent"] == pytest.approx(0.3, abs=1e-3)
     page = (folder / "fit" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == len(list((folder / "fit").glob("*.png")))
     assert "no frontier" in capsys.readouterr().out
@@ -252,6 +260,25 @@ def test_the_best_size_of_a_budget_is_the_lowest_point_of_its_parabola():
     assert "add larger" in outside.why_not
     with pytest.raises(UserError, match="it needs 3"):
         parabola(1e12, [point(n, 1e12, loss(n)) for n in sizes[:2]], "loss/all")
+
+
+def test_the_frontier_through_the_best_sizes_gives_a_model_for_a_budget_and_a_picture(tmp_path):
+    budgets = {1e12: 5e4, 4e12: 1e5, 16e12: 2e5}  # N_opt ∝ C^0.5
+    runs = [
+        point(int(best * factor), flops, 2 - 0.1 * np.log10(flops) + 0.05 * np.log(factor) ** 2)
+        for flops, best in budgets.items()
+        for factor in (0.4, 0.7, 1.0, 1.5, 2.5)
+    ]
+    curves = [parabola(flops, group, "loss/all") for flops, group in iso_flop_groups(runs).items()]
+    line = frontier(curves)
+    assert line.exponent == pytest.approx(0.5, abs=0.02)
+    best = recommend(line, 64e12, load_config("demo"), 16e12)
+    assert best.wanted == pytest.approx(4e5, rel=0.1)
+    assert (best.depth, best.extrapolated) == (2, 4.0)  # 18·128²·2 = 590 k; depth 1 has 74 k
+    assert best.images * train_flops_per_image(load_config("demo", DEPTH_2)) == pytest.approx(64e12)
+    fit = Fit(tuple(runs), (), (), tuple(curves), line, (best,), ())
+    (picture,) = draw_all(fit, tmp_path).values()
+    assert Image.open(picture).width > 500
 
 
 def test_runs_that_cheaper_ones_beat_are_not_on_the_frontier_of_compute():
