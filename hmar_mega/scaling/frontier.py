@@ -6,6 +6,7 @@ lowest point is N_opt(C); these lie on a power law N_opt ∝ C^a.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from hmar_mega.errors import UserError
 from hmar_mega.flops import train_flops_per_image
 from hmar_mega.scaling.cells import count_parameters, sized
 from hmar_mega.scaling.results import Point
-from hmar_mega.scaling.spec import Size
+from hmar_mega.scaling.spec import Size, without_layout
 
 #: Depths that a recommendation chooses among.
 DEPTHS = range(1, 65)
@@ -137,7 +138,10 @@ def recommend(line: Frontier, flops: float, base: Config, measured: float) -> Re
         measured: the largest budget of the sweep.
     """
     wanted = line.size(flops)
-    models = {depth: sized(base, Size(depth=depth)) for depth in DEPTHS}
+    models = {}
+    for depth in DEPTHS:
+        with contextlib.suppress(UserError):  # depths that the settings of the sweep forbid, such as mask_layers
+            models[depth] = sized(without_layout(base), Size(depth=depth))
     counts = {depth: count_parameters(model) for depth, model in models.items()}
     depth = min(counts, key=lambda d: abs(math.log(counts[d][1] / wanted)))
     return Recommendation(

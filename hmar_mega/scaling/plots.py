@@ -49,12 +49,16 @@ def draw_all(fit: Fit, folder: Path) -> dict[str, Path]:
 
 def _new(columns: int, height: float = 4.2, rows: int = 1) -> tuple[Any, Any]:
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(5.2 * columns, height * rows), layout="constrained", squeeze=False
     )
     for one in axes.flat:
         one.set_xscale("log")
+        one.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        one.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        one.xaxis.set_minor_formatter(NullFormatter())
         one.grid(True, which="major", color="0.92")
         one.spines[["top", "right"]].set_visible(False)
     return figure, axes.flatten()
@@ -111,13 +115,13 @@ def _mark_prediction(axes: Any, predictions: Sequence[Prediction]) -> None:
         )  # fmt: skip
 
 
-def _log_values(axes: Any) -> None:
+def _log_values(axes: Any, form: str = "{:.3g}") -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_minor_locator(MaxNLocator(1))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form.format(value)))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
 
 
@@ -158,7 +162,8 @@ def _parabolas(fit: Fit, path: Path) -> Path:
     left.set(xlabel=AXES["N"], ylabel="loss, all scales, nats a token")
     _log_values(left)
     left.legend(frameon=False, fontsize=8)
-    right.set(xlabel=AXES["C"], ylabel="best " + AXES["N"], yscale="log")
+    right.set(xlabel=AXES["C"], ylabel="best " + AXES["N"])
+    _log_values(right, "{:.2g}")
     if fit.line is not None:
         budgets = [p.flops for p in fit.parabolas] + [r.flops for r in fit.recommendations]
         at = np.geomspace(min(budgets), max(budgets), 30)

@@ -190,7 +190,18 @@ def _base_config(spec: SweepSpec, path: Path) -> Config:
         raise UserError("a sweep has no data.batch_ramp: the images of a cell follow from its steps; remove it")
     if config.data.val is None:
         raise UserError("data.val is not set: a sweep fits validation losses; give a folder of token shards")
-    return config
+    return config if spec.layout == "config" else without_layout(config)
+
+
+def without_layout(config: Config) -> Config:
+    """The configuration on one process, for sizes that its own layout may not divide; the planner chooses anew."""
+    one = {"tensor_parallel": 1, "sequence_parallel": False, "pipeline_parallel": 1, "virtual_pipeline_parallel": 1}
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=one),
+            "data": config.data.model_copy(update={"micro_batch_size": None}),
+        }
+    )
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> None:

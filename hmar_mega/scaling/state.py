@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import time
@@ -30,6 +31,8 @@ from hmar_mega.files import write_atomic
 from hmar_mega.metrics import read_metrics
 from hmar_mega.scaling.cells import Cell, identity
 from hmar_mega.scaling.plan import PlannedCell, plan_json
+
+log = logging.getLogger(__name__)
 
 SWEEP_FILE, ATTEMPTS_FILE, LOCK_FILE = "sweep.json", "attempts.jsonl", ".attempt.lock"
 
@@ -77,7 +80,7 @@ def write_sweep(folder: Path, name: str, planned: Sequence[PlannedCell]) -> list
         Names of the cells that are new.
 
     Raises:
-        UserError: when a cell that was begun comes back with other settings; nothing is written then.
+        UserError: when a finished or running cell comes back with other settings; nothing is written then.
     """
     refuse_changed(folder, [item.cell for item in planned])
     known = {entry["cell"]: entry for entry in read_sweep(folder)} if (folder / SWEEP_FILE).exists() else {}
@@ -87,6 +90,10 @@ def write_sweep(folder: Path, name: str, planned: Sequence[PlannedCell]) -> list
         if not path.exists():
             write_atomic(path, config_to_yaml(item.config))
     kept = {n: entry for n, entry in known.items() if n not in entries and _attempts(cell_folder(folder, n))}
+    keys = {item.cell.key: item.cell.name for item in planned}
+    for replaced in [n for n in kept if n.rsplit("-", 1)[0] in keys]:  # neither finished nor running
+        log.info("cell %s was not finished and has other settings now: %s", replaced, keys[replaced.rsplit("-", 1)[0]])
+        del kept[replaced]
     write_atomic(
         folder / SWEEP_FILE, json.dumps({"name": name, "cells": [*kept.values(), *entries.values()]}, indent=1)
     )
@@ -109,10 +116,10 @@ def read_sweep(folder: Path) -> list[dict[str, Any]]:
 
 
 def refuse_changed(folder: Path, cells: Sequence[Cell]) -> None:
-    """Raise UserError when a cell was begun with other settings than it has now."""
+    """Raise UserError when a cell is finished, or being trained, with other settings than it has now."""
     begun: dict[str, Path] = {}
     for path in sorted((folder / "cells").glob("*")):
-        if _attempts(path):
+        if is_recorded_finished(path) or is_running(path):
             begun[path.name.rsplit("-", 1)[0]] = path
     changed = []
     for cell in cells:
@@ -125,7 +132,7 @@ def refuse_changed(folder: Path, cells: Sequence[Cell]) -> None:
         changed.append(f"{other.name} ({words}{' …' if len(keys) > 4 else ''})")
     if changed:
         raise UserError(
-            f"{folder} has cells that were begun with other settings: {'; '.join(changed[:3])}"
+            f"{folder} has cells trained with other settings: {'; '.join(changed[:3])}"
             f"{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}. One fit must not mix them: undo "
             "the change, or give the sweep another dir"
         )

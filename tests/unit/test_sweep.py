@@ -144,13 +144,18 @@ def test_the_plan_is_a_table_and_json_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_sweep_grows_but_a_cell_that_was_begun_must_not_change(tmp_path):
+def test_a_sweep_grows_but_a_finished_cell_must_not_change(tmp_path):
     names = enter(write_spec(tmp_path))
     folder = tmp_path / "sweep"
     finish(folder, names[0], 2.0)
     more = enter(write_spec(tmp_path, seeds=[0, 1]))
     assert set(names) < set(more)
     assert len(state.read_sweep(folder)) == len(more)
+    state.record(state.cell_folder(folder, names[1]), "start")
+    by_width = {"rule": "width_power", "reference_width": 16, "exponent": 0.5}  # the first, finished one stays as it is
+    other = enter(write_spec(tmp_path, learning_rate=by_width))
+    kept = [entry["cell"] for entry in state.read_sweep(folder)]
+    assert (names[0] in kept, names[1] in kept, set(other) <= set(kept)) == (True, False, True)
     changed = write_spec(tmp_path, learning_rate={"base_lr": 7.0e-3})
     with pytest.raises(UserError, match=r"other settings: .*optim.base_lr 0.002 → 0.007.* another dir"):
         enter(changed)
