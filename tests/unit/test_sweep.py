@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import stat
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,57 @@ def test_states_and_reasons_follow_from_what_attempts_left(tmp_path):
 )
 def test_reasons_are_read_from_the_log(status: int, text: str, reason: str):
     assert reason in state.failure_reason(status, text)
+
+
+def test_an_attempt_records_how_it_ended(tmp_path, monkeypatch):
+    name, folder = enter(write_spec(tmp_path))[0], tmp_path / "sweep"
+    path = state.cell_folder(folder, name)
+
+    def ends_with(status: int, asked: list[int], text: str = "", finished: bool = False) -> int:
+        def train(path: Path, processes: int, output: Path) -> tuple[int, list[int]]:
+            output.write_text(text)
+            if finished:
+                checkpoint = path / "run" / "checkpoints" / "step-00000100"
+                checkpoint.mkdir(parents=True)
+                (checkpoint / "state.json").write_text('{"finished": true}')
+                (checkpoint.parent / "latest").write_text(checkpoint.name)
+            return status, asked
+
+        monkeypatch.setattr(submit, "_train", train)
+        return submit.run_cell(folder, name, 1)
+
+    assert ends_with(1, [], "hmar-mega: the disk is red") == 1
+    assert ends_with(75, [signal.SIGUSR1]) == 75
+    assert ends_with(0, [signal.SIGTERM]) == 0
+    assert ends_with(0, [], finished=True) == 0
+    rows = [json.loads(line) for line in (path / "attempts.jsonl").read_text().splitlines()]
+    ended = [(row["outcome"], row.get("reason")) for row in rows if row["event"] == "end"]
+    assert ended == [("failed", "the disk is red"), ("stopped", None), ("stopped", None), ("finished", None)]
+    monkeypatch.setattr(submit, "_train", None)  # a finished cell is not trained again
+    assert submit.run_cell(folder, name, 1) == 0
+    with pytest.raises(UserError, match="has no cell d9"):
+        submit.run_cell(folder, "d9", 1)
+
+
+def test_local_processes_retry_what_fails_up_to_the_limit_and_train_the_rest(tmp_path, monkeypatch):
+    """A stand-in for the cells: the first fails every time, the second once, the others never."""
+    names, folder = enter(write_spec(tmp_path)), tmp_path / "sweep"
+    stand_in = tmp_path / "cell.sh"
+    stand_in.write_text(f"""#!/bin/sh
+file=$5/cells/$6/attempts.jsonl
+echo '{{"event": "start"}}' >> "$file"
+if [ "$6" = {names[0]} ] || {{ [ "$6" = {names[1]} ] && [ "$(wc -l < "$file")" = 1 ]; }}; then
+    echo '{{"event": "end", "outcome": "failed", "reason": "on purpose"}}' >> "$file"; exit 1
+fi
+echo '{{"event": "end", "outcome": "finished"}}' >> "$file"
+""")
+    stand_in.chmod(stat.S_IRWXU)
+    monkeypatch.setattr(submit.sys, "executable", str(stand_in))
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
+    outcome = submit.run_local(folder, names, 1, concurrency=2, max_attempts=2)
+    assert outcome.gave_up == [names[0]]
+    assert set(outcome.finished) == set(names[1:])
+    assert [submit.state.count_attempts(state.cell_folder(folder, n)) for n in names] == [2, 2, 1, 1, 1]
 
 
 def test_an_array_has_a_task_a_cell_and_what_slurm_still_holds_is_not_submitted_again(tmp_path, monkeypatch, capsys):
