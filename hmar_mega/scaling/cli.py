@@ -163,7 +163,7 @@ def _run_submit(args: argparse.Namespace) -> int:
     if args.dry_run:
         refuse_changed(folder, [item.cell for item in planned])
     else:
-        added = write_sweep(folder, spec.name, planned)
+        added = write_sweep(folder, spec, planned)
         log.info("%s: %d cells, %d of them new", folder, len(planned), len(added))
     wanted = _to_train(folder, planned, attempts)
     if not wanted:
@@ -224,11 +224,11 @@ def _run_status(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from hmar_mega.scaling.spec import load_sweep
-    from hmar_mega.scaling.state import read_sweep, state_of
+    from hmar_mega.scaling.state import read_sweep, recorded_max_attempts, state_of
     from hmar_mega.scaling.submit import queued_cells
 
     if args.sweep.is_dir():
-        folder, attempts = args.sweep, 1
+        folder, attempts = args.sweep, recorded_max_attempts(args.sweep)
     else:
         spec, _ = load_sweep(args.sweep)
         folder, attempts = Path(spec.dir), spec.max_attempts

@@ -155,8 +155,10 @@ def predict_largest(folder: Path, points: Sequence[Point], seed: int, notes: lis
     """
     entries = read_sweep(folder)
     sized = results.at_most_data(points) if points else []
-    images = sized[0].images if sized else 0
-    sizes = {e["non_embedding"] for e in entries if e["images"] == images}
+    shared = set.intersection(*(set(results.data_budgets(point.groups)) for point in sized)) if sized else set()
+    budget = max(shared, key=results.budget_images, default="")
+    images = round(results.budget_images(budget)) if budget else 0
+    sizes = {e["non_embedding"] for e in entries if budget in e["groups"]}
     largest = max(sizes, default=0)
     smaller = [point for point in sized if point.non_embedding < largest]
     measured = [point for point in sized if point.non_embedding == largest]

@@ -92,12 +92,27 @@ def row_values(row: dict[str, Any]) -> dict[str, float]:
 
 
 def at_most_data(points: Sequence[Point]) -> list[Point]:
-    """For laws in N: the sizes that saw the most images that at least three sizes saw; none where there are not."""
-    by_images: dict[int, set[int]] = {}
+    """For laws in N: the runs of the largest iso-data budget that three sizes have finished; none without one.
+
+    By the budget, not by images: batches of different sizes round it up to different numbers.
+    """
+    sizes: dict[str, set[int]] = {}
     for point in points:
-        by_images.setdefault(point.images, set()).add(point.non_embedding)
-    enough = [images for images, sizes in by_images.items() if len(sizes) >= 3]
-    return [point for point in points if enough and point.images == max(enough)]
+        for group in data_budgets(point.groups):
+            sizes.setdefault(group, set()).add(point.non_embedding)
+    enough = [group for group, found in sizes.items() if len(found) >= 3]
+    largest = max(enough, key=budget_images, default="")
+    return [point for point in points if largest in point.groups]
+
+
+def data_budgets(groups: Sequence[str]) -> list[str]:
+    """Of a cell's budgets, those of iso_data."""
+    return [group for group in groups if group.startswith("images=")]
+
+
+def budget_images(group: str) -> float:
+    """Images that an iso_data budget asks for."""
+    return float(group.removeprefix("images="))
 
 
 def at_largest_size(points: Sequence[Point]) -> list[Point]:

@@ -31,6 +31,7 @@ from hmar_mega.files import write_atomic
 from hmar_mega.metrics import read_metrics
 from hmar_mega.scaling.cells import Cell, identity
 from hmar_mega.scaling.plan import PlannedCell, plan_json
+from hmar_mega.scaling.spec import SweepSpec
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def cell_folder(folder: Path, name: str) -> Path:
     return folder / "cells" / name
 
 
-def write_sweep(folder: Path, name: str, planned: Sequence[PlannedCell]) -> list[str]:
+def write_sweep(folder: Path, spec: SweepSpec, planned: Sequence[PlannedCell]) -> list[str]:
     """Enter cells into a sweep folder: new ones are added, known ones are kept as they are.
 
     Returns:
@@ -94,9 +95,8 @@ def write_sweep(folder: Path, name: str, planned: Sequence[PlannedCell]) -> list
     for replaced in [n for n in kept if n.rsplit("-", 1)[0] in keys]:  # neither finished nor running
         log.info("cell %s was not finished and has other settings now: %s", replaced, keys[replaced.rsplit("-", 1)[0]])
         del kept[replaced]
-    write_atomic(
-        folder / SWEEP_FILE, json.dumps({"name": name, "cells": [*kept.values(), *entries.values()]}, indent=1)
-    )
+    tree = {"name": spec.name, "max_attempts": spec.max_attempts, "cells": [*kept.values(), *entries.values()]}
+    write_atomic(folder / SWEEP_FILE, json.dumps(tree, indent=1))
     return [n for n in entries if n not in known]
 
 
@@ -106,13 +106,27 @@ def read_sweep(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: when it is no sweep folder.
     """
+    cells: list[dict[str, Any]] = _sweep_file(folder)["cells"]
+    return cells
+
+
+def recorded_max_attempts(folder: Path) -> int:
+    """The sweep's `max_attempts` when it was last submitted.
+
+    Raises:
+        UserError: when it is no sweep folder.
+    """
+    return int(_sweep_file(folder)["max_attempts"])
+
+
+def _sweep_file(folder: Path) -> dict[str, Any]:
     try:
-        cells: list[dict[str, Any]] = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError) as err:
+        tree: dict[str, Any] = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
         raise UserError(
             f"{folder} holds no sweep ({SWEEP_FILE}: {err}); start one with `hmar-mega sweep submit SWEEP.yaml`"
         ) from None
-    return cells
+    return tree
 
 
 def refuse_changed(folder: Path, cells: Sequence[Cell]) -> None:

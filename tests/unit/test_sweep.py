@@ -60,7 +60,7 @@ def cells_of(path: Path) -> list[Cell]:
 def enter(path: Path) -> list[str]:
     spec, base = load_sweep(path)
     planned = plan_cells(spec, expand(spec, base))
-    state.write_sweep(Path(spec.dir), spec.name, planned)
+    state.write_sweep(Path(spec.dir), spec, planned)
     return [item.cell.name for item in planned]
 
 
@@ -163,7 +163,7 @@ def test_a_sweep_grows_but_a_finished_cell_must_not_change(tmp_path):
     assert main(["sweep", "submit", str(changed), "--dry-run"]) == 2
 
 
-def test_states_and_reasons_follow_from_what_attempts_left(tmp_path):
+def test_states_and_reasons_follow_from_what_attempts_left(tmp_path, capsys):
     names = enter(write_spec(tmp_path))
     folder = tmp_path / "sweep"
     entries = {entry["cell"]: entry for entry in state.read_sweep(folder)}
@@ -183,6 +183,10 @@ def test_states_and_reasons_follow_from_what_attempts_left(tmp_path):
     failed = state.state_of(folder, entries[names[1]], 3)
     assert (failed.attempts, failed.reason) == (2, "out of memory")
     assert "killed" in state.state_of(folder, entries[names[2]], 3).reason
+    assert main(["sweep", "status", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    assert "out of memory" in shown
     with state.attempt_lock(state.cell_folder(folder, names[2])):
         assert states(3)[2] == "running"
     assert states(3)[2] == "failed"
