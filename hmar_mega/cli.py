@@ -20,6 +20,7 @@ from hmar_mega.launchers.cli import add_launcher_parsers
 from hmar_mega.parsers import add_command, add_config_arguments
 from hmar_mega.planning.cli import add_plan_parser
 from hmar_mega.progress import LogHandler
+from hmar_mega.scaling.cli import add_sweep_parser
 from hmar_mega.tokenizer.cli import add_tokenizer_parser
 
 
@@ -80,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_plan_parser(commands)
     _add_train(commands)
     add_launcher_parsers(commands)
+    add_sweep_parser(commands)
     add_checkpoint_parser(commands)
     _add_export(commands)
     add_convert_parser(commands)

@@ -23,6 +23,7 @@ from hmar_mega.flops import device_peak, train_flops_per_image
 from hmar_mega.fp8_attention import choose_fp8_attention
 from hmar_mega.interrupts import Stop, StopRequest
 from hmar_mega.metrics import MetricsLog
+from hmar_mega.model.hmar import HMAR
 from hmar_mega.objective import Objective, TokenBatch, per_scale_sums
 from hmar_mega.parallel.agreement import Agreement
 from hmar_mega.parallel.dims import ParallelDims
@@ -298,7 +299,7 @@ def validation_losses(
     padded: bool,
     after_batch: Callable[[], None],
 ) -> dict[str, Any]:
-    """Mean cross-entropy in nats per token over all scales, at the last scale and at each; collective.
+    """Mean cross-entropy in nats per token and top-1 error over all scales, at the last scale and at each; collective.
 
     In stage 2 the tokens are those that the mask leaves to predict; a scale without any counts nothing.
 
@@ -308,7 +309,7 @@ def validation_losses(
             missing is made with the last batch and not counted.
         after_batch: called equally often on every rank; what it raises ends the validation.
     """
-    sums = torch.zeros(2, objective.schedule.num_scales, dtype=torch.float64, device=dims.device)
+    sums = torch.zeros(3, objective.schedule.num_scales, dtype=torch.float64, device=dims.device)
     own = iter(batches)
     for _ in range(rounds):
         following = next(own, None)
@@ -319,12 +320,17 @@ def validation_losses(
             _batch_sums(objective, model, batch)
         after_batch()
     dist.all_reduce(sums)
-    totals, counts = sums.tolist()
-    scales = [total / count if count else None for total, count in zip(totals, counts, strict=True)]
+    totals, counts, wrong = sums.tolist()
+    scales, errors = (
+        [total / count if count else None for total, count in zip(row, counts, strict=True)] for row in (totals, wrong)
+    )
     return {
         "all_scales": sum(totals) / sum(counts),
         "last_scale": scales[-1],
         "scale_loss": scales,
+        "all_scales_error": sum(wrong) / sum(counts),
+        "last_scale_error": errors[-1],
+        "scale_error": errors,
     }
 
 
@@ -332,8 +338,12 @@ def _batch_sums(objective: Objective, model: torch.nn.Module, batch: TokenBatch)
     """`per_scale_sums` of a batch; on a pipeline 0 except on its last stage."""
     if not isinstance(model, PipelineModel):
         return per_scale_sums(objective.evaluation(model, batch), objective)
-    cross_entropy = model(lambda chunk: objective.inputs(batch, training=False, stage=chunk.stage), len(batch.labels))
-    return 0.0 if cross_entropy is None else per_scale_sums(objective.scores(cross_entropy, batch), objective)
+
+    def inputs_of(chunk: HMAR) -> dict[str, Any]:
+        return {**objective.inputs(batch, training=False, stage=chunk.stage), "errors": True}
+
+    given = model(inputs_of, len(batch.labels))
+    return 0.0 if given is None else per_scale_sums(objective.evaluated(given, batch), objective)
 
 
 def _save(run: Run, best: bool = False) -> None:

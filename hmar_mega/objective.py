@@ -6,7 +6,7 @@ Axes: B batch, N sequence, K scales.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -41,11 +41,13 @@ class Scores:
         loss: (B,) loss of each sample as the stage defines it.
         cross_entropy: (B, N) of every position.
         counted: (B, N) bool, positions that the stage predicts.
+        errors: (B, N) top-1 errors of every position, in evaluation alone.
     """
 
     loss: Tensor
     cross_entropy: Tensor
     counted: Tensor
+    errors: Tensor | None = None
 
     def guarded_mean(self) -> Tensor:
         """The loss to go back from: NaN where it is not finite, which must not pass for finite gradients."""
@@ -72,7 +74,7 @@ class Objective:
     @torch.no_grad()
     def evaluation(self, forward: Forward, batch: TokenBatch) -> Scores:
         """Scores with every label kept and no drop-path; masks are functions of (seed, the sample's number)."""
-        return self.scores(forward(**self.inputs(batch, training=False)), batch)
+        return self.evaluated(forward(**self.inputs(batch, training=False), errors=True), batch)
 
     @torch.no_grad()
     def inputs(self, batch: TokenBatch, *, training: bool, stage: Stage | None = None) -> ModelInputs:
@@ -101,6 +103,11 @@ class Objective:
                 )
         return given
 
+    def evaluated(self, given_2BN: Tensor, batch: TokenBatch) -> Scores:
+        """`scores` of a forward that gave cross-entropy and top-1 errors."""
+        cross_entropy, errors = given_2BN
+        return replace(self.scores(cross_entropy, batch), errors=errors)
+
     def scores(self, cross_entropy_BN: Tensor, batch: TokenBatch) -> Scores:
         """What the cross-entropy of a batch means in this stage of training."""
         if self.config.stage.name == "next_scale":
@@ -115,13 +122,10 @@ class Objective:
 
 
 def per_scale_sums(scores: Scores, objective: Objective) -> Tensor:
-    """Σ cross-entropy and count of the predicted positions of each scale, (2, K) float64."""
+    """Σ cross-entropy and count of predicted positions by scale, (2, K); in evaluation Σ errors too: (3, K)."""
     counted = scores.counted.double()
-    values = scores.cross_entropy.double() * counted
+    given = [scores.cross_entropy.double() * counted, counted]
+    if scores.errors is not None:
+        given.append(scores.errors.double() * counted)
     spans = [objective.schedule.span(k) for k in range(objective.schedule.num_scales)]
-    return torch.stack(
-        [
-            torch.stack([values[:, s].sum() for s in spans]),
-            torch.stack([counted[:, s].sum() for s in spans]),
-        ]
-    )
+    return torch.stack([torch.stack([values[:, s].sum() for s in spans]) for values in given])

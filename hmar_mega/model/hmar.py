@@ -54,21 +54,23 @@ class Head(nn.Module):
         mark_padding(self.linear.weight, vocabulary)
         mark_padding(self.linear.bias, vocabulary)
 
-    def forward(self, x_NBC: Tensor, cond_BC: Tensor, targets_NB: Tensor | None = None) -> Tensor:
+    def forward(self, x_NBC: Tensor, cond_BC: Tensor, targets_NB: Tensor | None = None, errors: bool = False) -> Tensor:
         """Logits of every position, or their cross-entropy.
 
         Under sequence parallelism x is this rank's part, and the result is of the whole padded sequence.
 
         Args:
             targets_NB: (N, B) int64 tokens, or None.
+            errors: give top-1 errors beside the cross-entropy; they have no gradient.
 
         Returns:
             (N, B, V/tp) float32 logits, of which columns beyond V, padding of the last ranks, are −inf; with targets
-            (N, B) float32, −log p(target), through at most `LOGITS_CHUNK_BYTES` of logits at a time.
+            (N, B) float32, −log p(target), through at most `LOGITS_CHUNK_BYTES` of logits at a time; with errors
+            (N, B, 2).
         """
         scale, shift = self.layers.for_sequence_part(self.ada_lin(F.silu(cond_BC))).chunk(2, dim=-1)
         x_NBC = modulated_norm(x_NBC, scale, shift)
-        return self._logits(x_NBC) if targets_NB is None else self._cross_entropy(x_NBC, targets_NB)
+        return self._logits(x_NBC) if targets_NB is None else self._cross_entropy(x_NBC, targets_NB, errors)
 
     def _logits(self, x_NBC: Tensor) -> Tensor:
         logits = self.linear(x_NBC).float()
@@ -78,7 +80,7 @@ class Head(nn.Module):
             logits = logits.masked_fill(padding, float("-inf"))
         return logits
 
-    def _cross_entropy(self, x_nBC: Tensor, targets_NB: Tensor) -> Tensor:
+    def _cross_entropy(self, x_nBC: Tensor, targets_NB: Tensor, errors: bool) -> Tensor:
         """Chunk by chunk along the sequence; the logits of a chunk are computed again in the backward pass.
 
         Under sequence parallelism a chunk takes the same rows of every rank's part.
@@ -91,18 +93,19 @@ class Head(nn.Module):
         size = max(1, LOGITS_CHUNK_BYTES // (element * parts * batch * columns))
 
         def chunk(x: Tensor, wanted: Tensor) -> Tensor:
-            if fused:
-                return fused_cross_entropy(self.linear(x), wanted)
-            return self.layers.cross_entropy(self._logits(x), wanted)
+            logits = self.linear(x) if fused else self._logits(x)
+            wrong = self.layers.top_one_error(logits.detach(), wanted) if errors else None
+            losses = fused_cross_entropy(logits, wanted) if fused else self.layers.cross_entropy(logits, wanted)
+            return losses if wrong is None else torch.stack([losses, wrong], dim=-1)
 
-        out = []
+        out, kinds = [], [2] if errors else []
         for x, wanted in zip(x_nBC.split(size), targets.split(size, dim=1), strict=True):
             flat = wanted.reshape(-1, batch)
             if size < rows and torch.is_grad_enabled():
-                out.append(checkpoint(chunk, x, flat, use_reentrant=False).view(wanted.shape))
+                out.append(checkpoint(chunk, x, flat, use_reentrant=False).view(*wanted.shape, *kinds))
             else:
-                out.append(chunk(x, flat).view(wanted.shape))
-        return torch.cat(out, dim=1).view(parts * rows, batch)
+                out.append(chunk(x, flat).view(*wanted.shape, *kinds))
+        return torch.cat(out, dim=1).view(parts * rows, batch, *kinds)
 
 
 class Hidden(NamedTuple):
@@ -216,6 +219,7 @@ class HMAR(nn.Module):
         branch: Branch = "next_scale",
         drop_path: Tensor | None = None,
         targets_BN: Tensor | None = None,
+        errors: bool = False,
     ) -> Tensor:
         """Teacher-forced logits of every position, or their cross-entropy; on a pipeline, this stage's part of it.
 
@@ -226,10 +230,11 @@ class HMAR(nn.Module):
             mask_BN: (B, N−1) bool, True where the token is to be predicted; first stage, mask branch only.
             drop_path: (depth, 2, B) residual factors, or None for none.
             targets_BN: (B, N) int64 tokens, or None for logits. Last stage only.
+            errors: give top-1 errors beside the cross-entropy.
 
         Returns:
-            (B, N) float32 cross-entropy in nats where `targets_BN` is given, else logits (N, B, V/tp) float32; of a
-            stage that is not the last, packed activations (see `pack`).
+            (B, N) float32 cross-entropy in nats where `targets_BN` is given, with errors (2, B, N); else logits
+            (N, B, V/tp) float32; of a stage that is not the last, packed activations (see `pack`).
         """
         attention, length = self.config.attention, self.schedule.num_tokens
         backend = self.training_backend if self.training else attention.backend
@@ -251,8 +256,8 @@ class HMAR(nn.Module):
         if not self.stage.last:
             return self.pack(hidden)
         targets = None if targets_BN is None else targets_BN.t().contiguous()
-        out = self.leave(hidden, branch, length, targets)
-        return out if targets is None else out.t()
+        out = self.leave(hidden, branch, length, targets, errors)
+        return out if targets is None else out.permute(*range(out.ndim - 1, -1, -1))
 
     def condition(self, labels_B: Tensor) -> Tensor:
         """Class embedding, (B,) → (B, C)."""
@@ -317,10 +322,12 @@ class HMAR(nn.Module):
                     x = block(*given)
         return Hidden(x, cond, shared)
 
-    def leave(self, hidden: Hidden, branch: Branch, length: int, targets_NB: Tensor | None = None) -> Tensor:
+    def leave(
+        self, hidden: Hidden, branch: Branch, length: int, targets_NB: Tensor | None = None, errors: bool = False
+    ) -> Tensor:
         """The head of `branch` on the last layer's output; see `Head.forward`."""
         head = self.mask_head if branch == "masked" else self.head
-        return shortened(head(hidden.x, hidden.cond, targets_NB), length)
+        return shortened(head(hidden.x, hidden.cond, targets_NB, errors), length)
 
     @property
     def extra_rows(self) -> int:

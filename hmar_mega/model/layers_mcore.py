@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.model.initialize import Fill
+from hmar_mega.model.layers_torch import top_one_error
 
 
 class _Column(tensor_parallel.ColumnParallelLinear):
@@ -149,6 +150,15 @@ class McoreLayers:
         """Vocabulary-parallel cross-entropy: no rank ever holds all logits."""
         # mcore overwrites its input, which autograd still owns here
         return tensor_parallel.vocab_parallel_cross_entropy(logits.clone(), targets)
+
+    def top_one_error(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Vocabulary-parallel: two small reductions instead of gathered logits."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        return top_one_error(
+            logits, targets, self.vocabulary_start(logits.shape[-1]),
+            sum_over=lambda x: dist.all_reduce(x, group=group),
+            max_over=lambda x: dist.all_reduce(x, dist.ReduceOp.MAX, group=group),
+        )  # fmt: skip
 
     def gather_vocabulary(self, logits: Tensor) -> Tensor:
         """All-gather along the vocabulary."""

@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hmar_mega.model.initialize import Fill
 
+#: Reduces a tensor in place over ranks.
+Reduce = Callable[[Tensor], object]
+
 
 class LinearLayer(Protocol):
     """A linear of a block, always called as a module: ZeRO-3 gathers its weight around the call."""
@@ -54,6 +57,9 @@ class Layers(Protocol):
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """−log p(target): logits (…, V/tp) float32, targets (…) int64 → (…) float32."""
+
+    def top_one_error(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """How often the most likely token is not the target; see `top_one_error`, here over all ranks' columns."""
 
     def gather_vocabulary(self, logits: Tensor) -> Tensor:
         """(…, V/tp) → (…, V) on every rank."""
@@ -112,6 +118,10 @@ class TorchLayers:
         """−log p(target) at every position."""
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
 
+    def top_one_error(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """How often the most likely token is not the target."""
+        return top_one_error(logits, targets)
+
     def gather_vocabulary(self, logits: Tensor) -> Tensor:
         """Nothing to gather."""
         return logits
@@ -160,3 +170,29 @@ def _linear(in_features: int, out_features: int, fill: Fill, bias: bool) -> nn.L
     if bias:
         nn.init.zeros_(linear.bias)
     return linear
+
+
+def top_one_error(
+    logits: Tensor, targets: Tensor, start: int = 0, sum_over: Reduce | None = None, max_over: Reduce | None = None
+) -> Tensor:
+    """Chance that a token drawn among the most likely ones is not the target: 0 or 1 where no two are equally likely.
+
+    In 16-bit formats many logits are equal, and taking the first of them would favour small token ids.
+
+    Args:
+        logits: (…, columns), a rank's part of the vocabulary, which begins at column `start`.
+        targets: (…) int64.
+        sum_over, max_over: in-place reductions over the ranks that hold the other columns; None: this one holds all.
+
+    Returns:
+        (…) float32; 1 where a logit is NaN.
+    """
+    best = logits.amax(-1)
+    if max_over is not None:
+        max_over(best)
+    here = (targets >= start) & (targets < start + logits.shape[-1])
+    own = logits.gather(-1, torch.where(here, targets - start, 0)[..., None])[..., 0]
+    counts = torch.stack([((own == best) & here).float(), (logits == best[..., None]).sum(-1).float()])
+    if sum_over is not None:
+        sum_over(counts)
+    return 1 - counts[0] / counts[1].clamp_min(1)

@@ -95,7 +95,7 @@ class PipelineModel(nn.Module):
         return self.pp_size * len(self.chunks)
 
     def forward(self, inputs_of: Callable[[HMAR], dict[str, Any]], batch_size: int) -> Tensor | None:
-        """Cross-entropy (B, N) of a batch on the last stage, None on the others; no gradients.
+        """Cross-entropy (B, N), or with errors (2, B, N), of a batch on the last stage, None elsewhere; no gradients.
 
         Args:
             inputs_of: keyword arguments of `HMAR.forward` for a run of layers.

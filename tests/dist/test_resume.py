@@ -295,6 +295,7 @@ def test_validation_counts_every_sample_once_on_any_layout_and_the_grid_is_drawn
         (rows[name],) = (row for row in read_metrics(tmp_path / name) if row["kind"] == "val")
     assert rows[layout]["all_scales"] == pytest.approx(rows["single"]["all_scales"], rel=0, abs=TOLERANCE)
     assert rows[layout]["scale_loss"] == pytest.approx(rows["single"]["scale_loss"], rel=0, abs=TOLERANCE)
+    assert rows[layout]["scale_error"] == pytest.approx(rows["single"]["scale_error"], rel=0, abs=TOLERANCE)
     grids = [(tmp_path / name / "grids" / "step-00000001.png").read_bytes() for name in ("single", layout)]
     assert grids[0] == grids[1]
 

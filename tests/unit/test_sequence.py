@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hmar_mega import sequence
 from hmar_mega.model.hmar import HMAR
+from hmar_mega.model.layers_torch import top_one_error
 from hmar_mega.objective import Objective, Scores, per_scale_sums
 from hmar_mega.scales import ScaleSchedule, token_weights
 
@@ -262,6 +263,8 @@ def test_the_next_scale_objective_by_hand():
         logits = model(batch.labels, sequence.teacher_input(batch.tokens, MixingCodes(), SCHEDULE)).transpose(0, 1)
     ce = -logits.log_softmax(-1).gather(-1, batch.tokens[..., None])[..., 0]
     torch.testing.assert_close(scores.cross_entropy, ce)
+    assert scores.errors is not None
+    assert torch.equal(scores.errors, (logits.argmax(-1) != batch.tokens).float())
     torch.testing.assert_close(scores.loss, (ce * token_weights(SCHEDULE, "lognormal")).sum(1))
     assert scores.counted.all()
 
@@ -309,3 +312,19 @@ def test_per_scale_sums_count_only_predicted_positions():
     sums = per_scale_sums(Scores(torch.zeros(1), ce, counted), work)
     assert sums.dtype == torch.float64
     assert sums.tolist() == [[0.0, 6.0, 20.0], [0.0, 2.0, 1.0]]
+    wrong = torch.ones(1, N)
+    wrong[0, 4] = 0.0
+    sums = per_scale_sums(Scores(torch.zeros(1), ce, counted, wrong), work)
+    assert sums.tolist() == [[0.0, 6.0, 20.0], [0.0, 2.0, 1.0], [0.0, 1.0, 1.0]]
+
+
+def test_top_one_error_is_shared_among_equal_logits_and_over_ranks():
+    logits = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 1.0, 0.0, 0.0], [float("nan"), 0.0, 0.0, 0.0]])
+    targets = torch.tensor([2, 1, 1])
+    whole = top_one_error(logits, targets)
+    assert whole.tolist() == [0.5, 1.0, 1.0]
+    best, counts = logits[:, :2].amax(-1).maximum(logits[:, 2:].amax(-1)), torch.zeros(2, 3)
+    for start in (0, 2):  # each rank's part of the sums, and then the sums in its place
+        top_one_error(logits[:, start : start + 2], targets, start, counts.add_, lambda x: x.copy_(best))
+    shared = top_one_error(logits[:, :2], targets, 0, lambda x: x.copy_(counts), lambda x: x.copy_(best))
+    assert shared.tolist() == whole.tolist()

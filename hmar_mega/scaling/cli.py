@@ -1,0 +1,265 @@
+"""The commands `hmar-mega sweep …`: plan, submit, run, status and fit of a scaling-law sweep."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmar_mega.errors import UserError
+from hmar_mega.parsers import add_command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hmar_mega.config import Config
+    from hmar_mega.scaling.plan import PlannedCell
+    from hmar_mega.scaling.spec import SweepSpec
+
+log = logging.getLogger(__name__)
+
+#: Columns of tables that do not go to a terminal.
+WIDTH = 150
+
+
+def add_sweep_parser(subparsers: Any) -> None:
+    """Add `sweep` and its commands to the sub-parsers of `hmar-mega`; each sets `run`, a function of the arguments."""
+    parser = add_command(
+        subparsers,
+        "sweep",
+        "scaling laws: plan, run and fit a grid of sizes, data and compute",
+        "Scaling-law sweeps: plan the cells of a SWEEP.yaml, run them, see where they stand, fit power laws.",
+        "  hmar-mega sweep plan SWEEP.yaml\n  hmar-mega sweep submit SWEEP.yaml --local 1\n"
+        "  hmar-mega sweep status SWEEP.yaml\n  hmar-mega sweep fit SWEEP.yaml --flops 1e18",
+    )
+    commands = parser.add_subparsers(dest="sweep_command", metavar="COMMAND", required=True)
+    _add_plan(commands)
+    _add_submit(commands)
+    _add_run(commands)
+    _add_status(commands)
+    _add_fit(commands)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = add_command(
+        commands, "plan", "the cells with parameters, FLOPs, layout, memory, hours and cost; writes nothing", "",
+        "  hmar-mega sweep plan SWEEP.yaml --json plan.json",
+    )  # fmt: skip
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("--json", metavar="FILE", help="write the plan as JSON; - prints it instead of the table")
+    parser.set_defaults(run=_run_plan)
+
+
+def _add_submit(commands: Any) -> None:
+    parser = add_command(
+        commands, "submit", "train what is missing: new cells, stopped ones, failed ones", "",
+        "  hmar-mega sweep submit SWEEP.yaml --local 2 --minutes 20\n"
+        "  hmar-mega sweep submit SWEEP.yaml --slurm 8 --option=--partition=gpu --option=--time=4:00:00",
+    )  # fmt: skip
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--local", type=_positive, metavar="N", help="processes here, N cells at a time (default: 1)")
+    where.add_argument("--slurm", type=_positive, metavar="N", help="one SLURM array, N tasks at a time")
+    parser.add_argument("--minutes", type=float, help="with --local: save and stop after so long, to go on later")
+    parser.add_argument("--dependency", help="with --slurm: as sbatch takes it, such as afterok:123")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="--KEY=VALUE", help="with --slurm: another #SBATCH line"
+    )
+    parser.add_argument("--max-attempts", type=_positive, help="instead of the sweep's; higher retries cells given up")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done; with --slurm, show the script")
+    parser.set_defaults(run=_run_submit)
+
+
+def _add_run(commands: Any) -> None:
+    parser = add_command(
+        commands, "run", "one attempt of one cell, in the foreground; what submit starts", "",
+        "  hmar-mega sweep run runs/sweep d4-w256-n51200-s0-0a1b2c3d",
+    )  # fmt: skip
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the sweep's folder")
+    parser.add_argument("cell", metavar="CELL")
+    parser.add_argument("--processes", type=_positive, default=1, help="GPUs of a cell (default: 1)")
+    parser.set_defaults(run=_run_run)
+
+
+def _add_status(commands: Any) -> None:
+    parser = add_command(
+        commands, "status", "where every cell stands, and why", "", "  hmar-mega sweep status SWEEP.yaml --json -"
+    )
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml|DIR")
+    parser.add_argument("--json", metavar="FILE", help="write JSON; - prints it instead of the table")
+    parser.set_defaults(run=_run_status)
+
+
+def _add_fit(commands: Any) -> None:
+    parser = add_command(
+        commands, "fit", "power laws, the largest model predicted, the best model for a budget; plots and a page", "",
+        "  hmar-mega sweep fit SWEEP.yaml --flops 1e18 --flops 1e19",
+    )  # fmt: skip
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("--flops", type=float, action="append", default=[], help="recommend a model for this budget")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: DIR/fit)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.set_defaults(run=_run_fit)
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return number
+
+
+def _planned(path: Path) -> tuple[SweepSpec, Config, list[PlannedCell]]:
+    from hmar_mega.scaling.cells import expand
+    from hmar_mega.scaling.plan import plan_cells
+    from hmar_mega.scaling.spec import load_sweep
+
+    spec, base = load_sweep(path)
+    return spec, base, plan_cells(spec, expand(spec, base))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
+def _write_json(where: str, tree: object) -> None:
+    from hmar_mega.files import write_atomic
+
+    text = json.dumps(tree, indent=1)
+    if where == "-":
+        print(text)
+    else:
+        write_atomic(Path(where), text)
+
+
+def _run_plan(args: argparse.Namespace) -> int:
+    from hmar_mega.scaling.plan import plan_json, show_plan
+    from hmar_mega.scaling.state import refuse_changed
+
+    spec, _, planned = _planned(args.sweep)
+    refuse_changed(Path(spec.dir), [item.cell for item in planned])
+    if args.json != "-":
+        show_plan(spec, planned, _console())
+    if args.json is not None:
+        _write_json(args.json, plan_json(planned))
+    return 0
+
+
+def _run_submit(args: argparse.Namespace) -> int:
+    from hmar_mega.scaling import submit
+    from hmar_mega.scaling.state import refuse_changed, write_sweep
+
+    if args.slurm is None and (args.dependency or args.option):
+        raise UserError("--dependency and --option are SLURM's; give --slurm N too")
+    if args.slurm is not None and args.minutes is not None:
+        raise UserError("--minutes is for --local; with --slurm give --option=--time=… instead")
+    spec, _, planned = _planned(args.sweep)
+    folder, attempts = Path(spec.dir), args.max_attempts or spec.max_attempts
+    if args.dry_run:
+        refuse_changed(folder, [item.cell for item in planned])
+    else:
+        added = write_sweep(folder, spec, planned)
+        log.info("%s: %d cells, %d of them new", folder, len(planned), len(added))
+    wanted = _to_train(folder, planned, attempts)
+    if not wanted:
+        log.info("nothing to train")
+        return 0
+    if args.slurm is not None:
+        script = submit.render_array(
+            folder, spec.name, wanted, spec.processes, args.slurm, args.option, args.dependency, write=not args.dry_run
+        )
+        if args.dry_run:
+            print(script.text, end="")
+            return 0
+        log.info("%d cells are SLURM array %s, %d at a time", len(wanted), submit.submit_array(script.path), args.slurm)
+        return 0
+    if args.dry_run:
+        print("\n".join(wanted))
+        return 0
+    outcome = submit.run_local(folder, wanted, spec.processes, args.local or 1, attempts, args.minutes)
+    log.info("%d finished, %d stopped, %d given up", len(outcome.finished), len(outcome.stopped), len(outcome.gave_up))
+    return 1 if outcome.gave_up else 0
+
+
+def _to_train(folder: Path, planned: list[PlannedCell], max_attempts: int) -> list[str]:
+    """Cells to start, after a line for each that is not begun for the first time."""
+    from hmar_mega.scaling.plan import plan_json
+    from hmar_mega.scaling.state import state_of
+    from hmar_mega.scaling.submit import queued_cells
+
+    queued, wanted = queued_cells(folder), []
+    counts: dict[str, int] = {}
+    for entry in plan_json(planned):
+        found = state_of(folder, entry, max_attempts, queued)
+        counts[found.state] = counts.get(found.state, 0) + 1
+        if found.state in ("new", "stopped", "failed"):
+            wanted.append(found.name)
+        if found.state == "failed":
+            log.info(
+                "cell %s: retried after %d of %d failures: %s", found.name, found.attempts, max_attempts, found.reason
+            )
+        if found.state == "gave up":
+            log.warning(
+                "cell %s: given up after %d failures, last: %s; --max-attempts %d tries it again",
+                found.name, found.attempts, found.reason, found.attempts + 1,
+            )  # fmt: skip
+    log.info("cells: %s", ", ".join(f"{count} {name}" for name, count in counts.items()))
+    return wanted
+
+
+def _run_run(args: argparse.Namespace) -> int:
+    from hmar_mega.scaling.submit import run_cell
+
+    return run_cell(args.folder, args.cell, args.processes)
+
+
+def _run_status(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from hmar_mega.scaling.spec import load_sweep
+    from hmar_mega.scaling.state import read_sweep, recorded_max_attempts, state_of
+    from hmar_mega.scaling.submit import queued_cells
+
+    if args.sweep.is_dir():
+        folder, attempts = args.sweep, recorded_max_attempts(args.sweep)
+    else:
+        spec, _ = load_sweep(args.sweep)
+        folder, attempts = Path(spec.dir), spec.max_attempts
+    queued = queued_cells(folder)
+    states = [state_of(folder, entry, attempts, queued) for entry in read_sweep(folder)]
+    if args.json is not None:
+        _write_json(args.json, [asdict(found) for found in states])
+    if args.json == "-":
+        return 0
+    table = Table(box=None)
+    for name in ("cell", "state", "step", "val loss", "failures", "reason"):
+        table.add_column(name, justify="right" if name in ("step", "val loss", "failures") else "left")
+    for found in states:
+        loss = "" if found.loss is None else f"{found.loss:.4f}"
+        step = f"{found.step:,}/{found.steps:,}"
+        table.add_row(found.name, found.state, step, loss, str(found.attempts or ""), found.reason)
+    _console().print(table)
+    return 0
+
+
+def _run_fit(args: argparse.Namespace) -> int:
+    from hmar_mega.planning.workload import with_tokenizer
+    from hmar_mega.scaling.fitting import fit_sweep
+    from hmar_mega.scaling.report import show_fit, write_fit
+    from hmar_mega.scaling.spec import load_sweep
+
+    spec, base = load_sweep(args.sweep)
+    if any(flops <= 0 for flops in args.flops):
+        raise UserError(f"--flops {min(args.flops)} must be above 0")
+    fit = fit_sweep(Path(spec.dir), with_tokenizer(base), args.flops, args.seed)
+    page = write_fit(fit, spec.name, args.out or Path(spec.dir) / "fit")
+    show_fit(fit, spec.name, _console())
+    print(f"page: {page}")
+    return 0
