@@ -27,9 +27,9 @@ def add_launcher_parsers(subparsers: Any) -> None:
         subparsers, "launch", "train on a SLURM cluster, through preemption and lost nodes; or on this machine",
         "Writes RUN/launch (configuration, code revision, job script) and submits the script. The job saves and\n"
         "requeues itself before its time limit, when preempted and when a node is lost, until training is complete.",
-        "  hmar-mega launch my.yaml --cluster h100-8x8 --nodes 4 --time 12:00:00 run.dir=/shared/runs/d24\n"
-        "  hmar-mega launch my.yaml --cluster h100-8x8 --dry-run run.dir=/shared/runs/d24\n"
-        "  hmar-mega launch my.yaml --local 2 run.dir=runs/small",
+        "  hmar-mega launch train/d24-256 --cluster h100-8x8 --nodes 4 --time 12:00:00 run.dir=/shared/runs/d24 …\n"
+        "  hmar-mega launch train/d24-256 --cluster h100-8x8 --dry-run run.dir=/shared/runs/d24\n"
+        "  hmar-mega launch train/d8-256 --local 2 run.dir=runs/small …",
     )  # fmt: skip
     add_config_arguments(parser)
     parser.add_argument("--cluster", help="YAML file, or the name of a packaged cluster (configs/cluster)")

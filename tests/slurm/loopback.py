@@ -133,11 +133,15 @@ class Loopback:
         """As if the power failed: kill a node's daemon, and every process of jobs on it."""
         with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
             psutil.Process(int((self.folder / f"slurmd.{name}.pid").read_text())).kill()
+        self._kill_jobs(name)
+
+    def _kill_jobs(self, node: str | None = None) -> None:
+        """Kill all processes of jobs of this cluster, of one node or of all."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
                 own = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-                if own and environment.get("SLURMD_NODENAME") == name:
+                if own and "SLURM_JOB_ID" in environment and node in (None, environment.get("SLURMD_NODENAME")):
                     process.kill()
 
     def wait_for_idle(self, nodes: int, seconds: float = 20) -> None:
@@ -152,9 +156,7 @@ class Loopback:
         raise Unavailable(f"{nodes} nodes did not come up in {seconds:.0f} s: {found or 'the controller is silent'}")
 
     def stop(self) -> None:
-        """End the jobs, then every daemon started here, by its own process number."""
-        with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
-            self.call("scancel", "--signal=KILL", "--full", "--user=root", timeout=5)
+        """End every daemon started here, by its own process number, and what jobs left."""
         for pid in self.folder.glob("*.pid"):
             with contextlib.suppress(ValueError, psutil.NoSuchProcess, FileNotFoundError):
                 process = psutil.Process(int(pid.read_text()))
@@ -163,6 +165,7 @@ class Loopback:
                     process.wait(5)
                 except psutil.TimeoutExpired:
                     process.kill()
+        self._kill_jobs()
 
     def _start_munge(self) -> None:
         """An authentication daemon of our own: that of the machine, if it has one, is left alone."""

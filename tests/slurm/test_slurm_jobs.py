@@ -90,9 +90,14 @@ class LaunchedRun:
         self.wait(" or ".join(kinds), lambda: any(event.kind in kinds for event in read_events(self.folder)))
 
     def hasten(self) -> None:
-        """Let the requeued job start now: SLURM would wait for two minutes."""
-        self.wait("requeued job", lambda: "PENDING BeginTime" in self.slurm.call("squeue", "-h", "-o", "%T %r"))
-        self.slurm.call("scontrol", "update", f"JobId={self.job}", "StartTime=now")
+        """Wait for the second start; SLURM lets a job that was requeued on request wait for two minutes: not here."""
+
+        def restarted() -> bool:
+            if "PENDING BeginTime" in self.slurm.call("squeue", "-h", "-o", "%T %r"):
+                self.slurm.call("scontrol", "update", f"JobId={self.job}", "StartTime=now")
+            return self.events().count("started") == 2
+
+        self.wait("second start", restarted)
 
     def events(self) -> list[str]:
         return [event.kind for event in read_events(self.folder)]
