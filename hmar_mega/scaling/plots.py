@@ -97,7 +97,7 @@ def _curve(axes: Any, law: Law, x: Sequence[float]) -> None:
     if law.law is None:
         return
     found, colour = law.law, ORANGE if law.irreducible else BLUE
-    at = np.geomspace(min(x), max(x), 60)
+    at = np.geomspace(min(x), max(x), 25)
     floor = f"{found.irreducible:.3g} + " if law.irreducible and found.irreducible > NO_FLOOR else ""
     axes.plot(at, found(at), color=colour, label=f"{floor}{found.scale:.3g}·{law.variable}^−{found.exponent:.3f}")
     band = np.array([found.interval(float(value)) for value in at])

@@ -21,11 +21,11 @@ from hmar_mega.errors import UserError
 from hmar_mega.flops import train_flops_per_image
 from hmar_mega.scaling import laws, state, submit
 from hmar_mega.scaling.cells import Cell, expand
-from hmar_mega.scaling.fitting import Fit, fit_sweep
+from hmar_mega.scaling.fitting import Fit, predict_largest
 from hmar_mega.scaling.frontier import frontier, iso_flop_groups, parabola, recommend
 from hmar_mega.scaling.plan import plan_cells
 from hmar_mega.scaling.plots import draw_all
-from hmar_mega.scaling.results import Point, pareto
+from hmar_mega.scaling.results import Point, finished_points, pareto
 from hmar_mega.scaling.spec import LearningRateRule, load_sweep
 from hmar_mega.schedules import Schedule
 
@@ -286,10 +286,9 @@ def test_the_largest_model_is_predicted_before_it_is_measured_and_compared_after
     sizes = {entry["cell"]: entry["non_embedding"] for entry in state.read_sweep(folder)}
     for name in names[:-1]:
         finish(folder, name, 1.2 + 40 * sizes[name] ** -0.3)
-    base = load_config("demo")
-    early = fit_sweep(folder, base, [])
-    assert early.predictions
-    assert all(p.before and p.measured is None for p in early.predictions)
+    early = predict_largest(folder, finished_points(folder), 0, [])
+    assert early
+    assert all(p.before and p.measured is None for p in early)
     finish(folder, names[-1], 1.2 + 40 * sizes[names[-1]] ** -0.3)
     assert main(["sweep", "fit", str(path)]) == 0
     result = json.loads((folder / "fit" / "fit.json").read_text())
