@@ -143,6 +143,8 @@ class Loopback:
                 own = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
                 if own and "SLURM_JOB_ID" in environment and node in (None, environment.get("SLURMD_NODENAME")):
                     process.kill()
+                elif node is None and process.name() == "slurmstepd" and Path(process.cwd()) == self.folder:
+                    process.kill()  # it would wait for its node's daemon for ever
 
     def wait_for_idle(self, nodes: int, seconds: float = 20) -> None:
         """Wait until so many nodes can take jobs."""
