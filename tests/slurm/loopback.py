@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -159,15 +158,15 @@ class Loopback:
 
     def stop(self) -> None:
         """End every daemon started here, by its own process number, and what jobs left."""
+        daemons = []
         for pid in self.folder.glob("*.pid"):
             with contextlib.suppress(ValueError, psutil.NoSuchProcess, FileNotFoundError):
                 process = psutil.Process(int(pid.read_text()))
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(5)
-                except psutil.TimeoutExpired:
-                    process.kill()
-        self._kill_jobs()
+                process.terminate()
+                daemons.append(process)
+        self._kill_jobs()  # daemons wait for them
+        for process in psutil.wait_procs(daemons, timeout=5)[1]:
+            process.kill()
 
     def _start_munge(self) -> None:
         """An authentication daemon of our own: that of the machine, if it has one, is left alone."""
