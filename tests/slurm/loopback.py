@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -143,6 +142,8 @@ class Loopback:
                 own = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
                 if own and "SLURM_JOB_ID" in environment and node in (None, environment.get("SLURMD_NODENAME")):
                     process.kill()
+                elif node is None and process.name() == "slurmstepd" and Path(process.cwd()) == self.folder:
+                    process.kill()  # it would wait for its node's daemon for ever
 
     def wait_for_idle(self, nodes: int, seconds: float = 20) -> None:
         """Wait until so many nodes can take jobs."""
@@ -157,15 +158,15 @@ class Loopback:
 
     def stop(self) -> None:
         """End every daemon started here, by its own process number, and what jobs left."""
+        daemons = []
         for pid in self.folder.glob("*.pid"):
             with contextlib.suppress(ValueError, psutil.NoSuchProcess, FileNotFoundError):
                 process = psutil.Process(int(pid.read_text()))
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(5)
-                except psutil.TimeoutExpired:
-                    process.kill()
-        self._kill_jobs()
+                process.terminate()
+                daemons.append(process)
+        self._kill_jobs()  # daemons wait for them
+        for process in psutil.wait_procs(daemons, timeout=5)[1]:
+            process.kill()
 
     def _start_munge(self) -> None:
         """An authentication daemon of our own: that of the machine, if it has one, is left alone."""
