@@ -105,13 +105,8 @@ def load_cluster(name_or_path: str, nodes: int | None = None, gpus_per_node: int
 def _explain(file: str, error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-<<<<<<< HEAD
-        launch: list[type[Section]] = [LaunchSettings, Partition, Container, Health]
-        inner = launch if error["loc"][0] == "launch" else [Cluster]
-=======
         of_launch: list[type[Section]] = [LaunchSettings, Partition, Container, Health]
         inner = of_launch if error["loc"][0] == "launch" else [Cluster]
->>>>>>> slurm
         known = sorted({name for section in inner for name in section.model_fields})
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.3) or known
         return f"cluster {file}: unknown key {key}; did you mean {near[0]}?"
