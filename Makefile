@@ -12,8 +12,9 @@ TORCH ?= torch==2.13.0
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-# Test files run side by side. A file's tests share what they made, and many of them start processes of their own.
-WORKERS ?= 2
+# Test files run side by side, those of many processes first: they wait much of their time, so there is one more than two
+# cores. A file's tests share what they made.
+WORKERS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -46,10 +47,10 @@ demo: $(STAMP)  ## data, tokenizer, both stages and samples on this machine, in 
 	$(BIN)/hmar-mega demo $(ARGS)
 
 test: $(STAMP)  ## the whole suite, WORKERS test files at a time
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 test-fast: $(STAMP)  ## the suite without slow tests and without tests that start several processes
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope -m "not slow and not dist"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "not slow and not dist"
 
 lint: $(STAMP)  ## ruff and mypy, as the pre-commit hooks run them
 	$(BIN)/ruff check .
