@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,47 +42,42 @@ def create_atomic(path: Path, data: str) -> bool:
     Raises:
         UserError: when the folder cannot be written.
     """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        _link(temporary, path)
-        sync_path(path.parent)
-    except FileExistsError:
-        return False
-    except OSError as err:
-        raise cannot_write(path, err) from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-    return True
+    created = False
+
+    def give_name(temporary: Path, path: Path) -> None:
+        nonlocal created
+        created = _link(temporary, path)
+
+    with open_atomic(path, give_name) as file:
+        file.write(data.encode())
+    return created
 
 
-def _link(temporary: Path, path: Path) -> None:
+def _link(temporary: Path, path: Path) -> bool:
     """Give a file its name unless that is taken: a rename would replace what another process wrote meanwhile."""
     try:
         os.link(temporary, path)
+    except FileExistsError:
+        return False
     except OSError as err:
         if err.errno not in NO_LINKS:
             raise
         if path.exists():
-            raise FileExistsError(errno.EEXIST, "exists", str(path)) from None
+            return False
         log.warning(
             "the file system of %s has no hard links: if another process writes %s at this very moment, the last one "
             "wins", path.parent, path.name,
         )  # fmt: skip
         temporary.rename(path)
+    return True
 
 
 @contextlib.contextmanager
-def open_atomic(path: Path) -> Iterator[BinaryIO]:
+def open_atomic(path: Path, give_name: Callable[[Path, Path], object] = Path.replace) -> Iterator[BinaryIO]:
     """A temporary file beside `path` that becomes it when the block ends well, and vanishes when it does not.
+
+    Args:
+        give_name: how the finished temporary becomes `path`, whatever is there.
 
     Raises:
         UserError: when the folder cannot be written.
@@ -97,7 +92,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
-        temporary.replace(path)
+        give_name(temporary, path)
         sync_path(path.parent)
     except OSError as err:
         raise cannot_write(path, err) from None

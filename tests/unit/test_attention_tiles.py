@@ -51,6 +51,38 @@ def test_every_pair_that_sees_itself_is_visited_once_and_no_other(
     assert torch.equal(by_key.T, wanted)
 
 
+def visits_by_level(tiles: list[Tile], tables: Tables, causal: bool, own_keys: bool) -> Tensor:
+    """The same by what the bf16 kernels look at: levels in packed tiles, and the first query of a walk before it."""
+    tokens = len(tables.seen)
+    counted = torch.zeros(tokens, tokens, dtype=torch.int32)
+    for tile in tiles:
+        own, other = slice(tile.start, tile.stop), torch.arange(tile.low, tile.high)
+        own_level, other_level = tables.levels[own][:, None], tables.levels[other][None, :]
+        visible = torch.ones(tile.stop - tile.start, len(other), dtype=torch.bool)
+        if own_keys and causal:
+            visible &= other >= tile.first
+        if tile.packed:
+            seen = own_level <= other_level if own_keys else own_level >= other_level
+            visible &= seen if causal else own_level == other_level
+        counted[own, tile.low : tile.high] += visible.int()
+    return counted
+
+
+@problems
+@settings(max_examples=30)
+def test_levels_show_the_same_pairs(schedule: ScaleSchedule, pattern: Pattern, block: int, inner: int):
+    wanted, causal = schedule.attention_mask(pattern, torch.device("cpu")).int(), pattern == "block_causal"
+    given_problem = (schedule, pattern, block, inner)
+    by_query = visits_by_level(key_tiles(*given_problem), key_tables(*given_problem, "cpu"), causal, own_keys=False)
+    assert torch.equal(by_query, wanted)
+    by_key = visits_by_level(query_tiles(*given_problem), query_tables(*given_problem, "cpu"), causal, own_keys=True)
+    assert torch.equal(by_key.T, wanted)
+    # what stands behind the last position sees nothing and is not seen
+    behind = key_tables(*given_problem, "cpu").levels[schedule.num_tokens :]
+    assert len(behind) >= inner
+    assert bool((behind > schedule.num_scales).all() if causal else (behind < 0).all())
+
+
 @problems
 def test_programs_fit_their_blocks_and_come_longest_first(
     schedule: ScaleSchedule, pattern: Pattern, block: int, inner: int
