@@ -62,7 +62,7 @@ class Plan:
     inline_norm: bool
     keys: Launch
     queries: Launch
-    fp8: Launch = Launch(128, 64, 4, 3, 8)
+    fp8: Launch = Launch(64, 64, 4, 4, 8)
 
 
 def plan_for(schedule: ScaleSchedule, pattern: Pattern, dtype: torch.dtype, head_dim: int) -> Plan:
@@ -77,7 +77,7 @@ def plan_for(schedule: ScaleSchedule, pattern: Pattern, dtype: torch.dtype, head
     if schedule.num_tokens < 1500:
         both = Launch(64, 32, 4, 3, 8, 168)
         return Plan(Launch(64, 64, 4, 3, 8, 128), True, both, both)
-    return Plan(Launch(128, 64, 4, 3, 8), False, Launch(64, 64, 4, 2, 8), Launch(64, 64, 4, 2, 8, 168))
+    return Plan(Launch(128, 64, 4, 3, 8), False, Launch(64, 64, 4, 3, 8), Launch(64, 64, 4, 3, 8, 168))
 
 
 def scale_block_attention(

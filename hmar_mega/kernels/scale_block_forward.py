@@ -160,10 +160,21 @@ def forward_tile(
     else:
         offset = bound - tl.maximum(2.0 * bound - LOWEST_EXPONENT, 0.0)
         maximum = tl.zeros([BLOCK_M], tl.float32) + offset
-    acc, total, maximum = attend_keys(
-        acc, total, maximum, offset, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, shift, low, high,
-        packed, levels, own_level, CAUSAL, RUNNING, INLINE_NORM, BLOCK_J, PRECISION,
-    )  # fmt: skip
+    if INLINE_NORM:
+        acc, total, maximum = attend_keys(
+            acc, total, maximum, offset, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, shift, low, high,
+            packed, levels, own_level, CAUSAL, RUNNING, INLINE_NORM, BLOCK_J, PRECISION,
+        )  # fmt: skip
+    elif packed:
+        acc, total, maximum = attend_keys(
+            acc, total, maximum, offset, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, shift, low, high,
+            True, levels, own_level, CAUSAL, RUNNING, INLINE_NORM, BLOCK_J, PRECISION,
+        )  # fmt: skip
+    else:
+        acc, total, maximum = attend_keys(
+            acc, total, maximum, offset, q, row_factor, qkv_rows, k_column, v_column, k_rows, line, shift, low, high,
+            False, levels, own_level, CAUSAL, RUNNING, INLINE_NORM, BLOCK_J, PRECISION,
+        )  # fmt: skip
     columns = tl.arange(0, BLOCK_D)
     keep = own[:, None] & (columns[None, :] < D)
     target = out + ((rows.to(tl.int64) * batch + sample) * heads + head)[:, None] * D + columns[None, :]
