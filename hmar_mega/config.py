@@ -233,7 +233,7 @@ class StageConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule: lr = base_lr · global_batch/256, warm-up, flat, then linear to final_ratio."""
 
-    impl: Literal["auto", "torch", "te", "apex"] = "auto"
+    impl: Literal["auto", "triton", "torch", "te", "apex"] = "auto"
     base_lr: float = Field(1e-4, gt=0)
     epochs: float = Field(200, gt=0)
     max_steps: int | None = Field(None, ge=1, description="stop earlier; the schedule stays that of `epochs`")

@@ -20,7 +20,7 @@ from hmar_mega.errors import UserError
 from hmar_mega.micro_batches import micro_batch_size
 from hmar_mega.model.graphs import attach_graphs
 from hmar_mega.objective import Objective, Scores, TokenBatch
-from hmar_mega.optimizer import build_adamw, set_steps
+from hmar_mega.optimizer import SinglePassAdamW, build_adamw, set_steps
 from hmar_mega.parallel import zero
 from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.parallel.pipeline import PipelineModel, PipelineSchedule
@@ -68,7 +68,7 @@ class Engine:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self._images_at_once = micro * dims.data_parallel
-        optimizer = build_adamw(model, config.optim, dims.device, config.parallel.zero_stage)
+        optimizer = build_adamw(model, config, dims.device)
         rounded = config.precision.compute != "fp32"  # DeepSpeed then rounds weights before it copies its masters
         exact = {
             n: p.detach().to("cpu", torch.float32, copy=True).flatten()
@@ -86,6 +86,11 @@ class Engine:
             )
         log.debug("DeepSpeed said:\n%s", chatter.getvalue())
         self.zero = self.deepspeed.optimizer
+        if isinstance(optimizer, SinglePassAdamW):
+            from hmar_mega.parallel.bf16_optimizer import single_pass
+
+            one = dims.data_parallel == 1 and config.parallel.pipeline_parallel == 1 and self.batches.full == micro
+            single_pass(self.zero, direct=one)
         self.zero_stage = config.parallel.zero_stage
         self._ema: list[Tensor] = []
         #: This process's part of every parameter that is not trained, float32 on the CPU, and where it starts.

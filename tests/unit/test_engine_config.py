@@ -21,7 +21,7 @@ from hmar_mega.engine import Engine, _deepspeed_config, micro_batch_size
 from hmar_mega.errors import UserError
 from hmar_mega.model.graphs import why_not
 from hmar_mega.objective import Scores
-from hmar_mega.optimizer import build_adamw, fused_adam, set_steps
+from hmar_mega.optimizer import build_adamw, choose_adamw, fused_adam, set_steps
 from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.schedules import Schedule
 
@@ -129,7 +129,7 @@ def names_by_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[b
 def test_weight_decay_spares_vectors_biases_and_tables():
     settings = config("model.shared_aln=true")
     model = tiny_hmar(settings)
-    groups = names_by_decay(model, build_adamw(model, settings.optim, ALONE.device))
+    groups = names_by_decay(model, build_adamw(model, settings, ALONE.device))
     assert {"pos_start", "pos_embed", "level_embed", "blocks.0.ada_gss", "word_embed.bias"} <= groups[False]
     assert {"blocks.1.attn.q_bias", "blocks.1.attn.log_scale", "head.linear.bias"} <= groups[False]
     assert {"class_embed.weight", "word_embed.weight", "blocks.0.attn.qkv.weight", "head.linear.weight"} <= groups[True]
@@ -142,23 +142,50 @@ def test_the_mask_embedding_decays_and_frozen_parameters_are_in_no_group():
     model = tiny_hmar(settings)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("mask_"))
-    groups = names_by_decay(model, build_adamw(model, settings.optim, ALONE.device))
+    groups = names_by_decay(model, build_adamw(model, settings, ALONE.device))
     assert "mask_embed" in groups[True]
     assert groups[True] | groups[False] == {n for n, _ in model.named_parameters() if n.startswith("mask_")}
 
 
 def test_adamw_has_the_configured_betas_and_eps():
     settings = config("optim.betas=[0.8, 0.97]", "optim.eps=1e-6")
-    optimizer = build_adamw(tiny_hmar(settings), settings.optim, ALONE.device)
+    optimizer = build_adamw(tiny_hmar(settings), settings, ALONE.device)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.97), 1e-6)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "impl"),
+    [
+        (["precision.compute=bf16"], "triton"),
+        (["precision.compute=bf16", "parallel.zero_stage=2"], "torch"),
+        (["precision.compute=fp16"], "torch"),
+        (["precision.compute=bf16", "optim.impl=torch"], "torch"),
+    ],
+)
+def test_one_pass_is_chosen_where_it_can_be(asked, impl):
+    assert choose_adamw(config(*asked), torch.device("cuda"))[0] == impl
+    assert choose_adamw(config(*asked), torch.device("cpu"))[0] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ("precision.compute=fp16", "it is for precision.compute=bf16, not fp16"),
+        ("parallel.zero_stage=2", "it is for parallel.zero_stage=1, not 2"),
+    ],
+)
+def test_one_pass_is_refused_where_it_cannot_be(asked, reason):
+    settings = config("precision.compute=bf16", "optim.impl=triton", asked)
+    with pytest.raises(UserError, match=f"optim.impl=triton: {reason}; use optim.impl=torch"):
+        choose_adamw(settings, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("impl", ["te", "apex"])
 def test_fused_optimizers_need_a_gpu(impl):
     settings = config(f"optim.impl={impl}")
     with pytest.raises(UserError, match=f"optim.impl={impl} needs a CUDA GPU, not cpu; use optim.impl=torch"):
-        build_adamw(tiny_hmar(settings), settings.optim, torch.device("cpu"))
+        build_adamw(tiny_hmar(settings), settings, torch.device("cpu"))
 
 
 def test_the_other_apex_is_told_from_nvidias(monkeypatch):
@@ -175,11 +202,12 @@ def test_the_other_apex_is_told_from_nvidias(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex.optimizers", ModuleType("apex.optimizers"))
     sys.modules["apex.optimizers"].FusedAdam = FusedAdam
     settings = config("optim.impl=apex", "optim.betas=[0.8, 0.97]")
-    optimizer = build_adamw(tiny_hmar(settings), settings.optim, torch.device("cuda"))
+    optimizer = build_adamw(tiny_hmar(settings), settings, torch.device("cuda"))
     assert optimizer.asked == ((0.8, 0.97), settings.optim.eps, True)
     assert [group["decays"] for group in optimizer.param_groups] == [True, False]
+    settings = config("optim.impl=apex", "parallel.zero_stage=3")
     with pytest.raises(UserError, match=r"of which zero_stage=3 makes several in a step; use optim\.impl=torch"):
-        build_adamw(tiny_hmar(settings), settings.optim, torch.device("cuda"), zero_stage=3)
+        build_adamw(tiny_hmar(settings), settings, torch.device("cuda"))
     set_steps(optimizer, 7)
     assert [group["step"] for group in optimizer.param_groups] == [7, 7]
 
