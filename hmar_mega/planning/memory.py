@@ -5,6 +5,7 @@ Let P be a rank's trained parameters (with the padding of each optimizer group t
 | | weights | gradients | optimizer |
 |---|---|---|---|
 | bf16, ZeRO 1 | 2P | 4P: float32 accumulation, whole on every rank | 12P/d: float32 masters and two moments |
+| the same, one process, one micro-batch, AdamW in one pass | 2P | 2P: nothing to accumulate | 12P |
 | fp32, ZeRO 1 | 4P | 4P | 12P/d |
 | fp16, ZeRO 1 | 2P | 2P | 12P/d |
 | ZeRO 2 | as above | a d-th part | 12P/d |
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from hmar_mega.model.hmar import LOGITS_CHUNK_BYTES
-from hmar_mega.planning.activations import activation_bytes, graph_bytes
+from hmar_mega.planning.activations import activation_bytes, graph_bytes, graphed
 from hmar_mega.planning.layout import Layout
 from hmar_mega.planning.tensors import rank_parameters
 from hmar_mega.planning.workload import ELEMENT, Workload
@@ -146,16 +147,13 @@ def memory_of(work: Workload, layout: Layout, pipeline_rank: int, chunk: int | N
     """Bytes of the ranks of one pipeline stage."""
     compute, zero, e = work.compute, layout.zero, work.element
     state = stage_state(work, layout, pipeline_rank)
-    # accumulated in float32 but for fp16, which accumulates in its own format
-    accumulated = 2 if compute == "fp16" else 4
-    whole_gradients = zero == 1
     weights = e * (state.trained + state.frozen)
     if zero == 3:
         weights = e * (state.owned + state.frozen + state.persistent)
     activations, logits = activation_bytes(work, layout, pipeline_rank, chunk)
     return Memory(
         weights=weights,
-        gradients=accumulated * (state.trained if whole_gradients else state.owned),
+        gradients=_gradient_bytes(work, layout, state),
         optimizer=12 * state.owned,
         fp8=2 * _fp8_elements(work, layout, pipeline_rank) if work.fp8 else 0,
         ema=4 * state.owned if work.ema else 0,
@@ -163,8 +161,8 @@ def memory_of(work: Workload, layout: Layout, pipeline_rank: int, chunk: int | N
         activations=activations,
         logits=logits,
         graphs=graph_bytes(work, layout),
-        buffers=_buffers(compute, layout, state),
-        step=_step_bytes(compute, layout, state),
+        buffers=_buffers(work, layout, state),
+        step=_step_bytes(work, layout, state),
         start=4 * (state.total + work.tokenizer),
     )
 
@@ -184,9 +182,29 @@ def _fp8_elements(work: Workload, layout: Layout, pipeline_rank: int) -> int:
     )
 
 
-def _buffers(compute: str, layout: Layout, state: State) -> float:
+def _gradient_bytes(work: Workload, layout: Layout, state: State) -> float:
+    """Accumulated in float32 but for fp16, which accumulates in its own format, and for what is updated from directly."""
+    if _updates_from_gradients(work, layout):  # those of the blocks lie in the graphs
+        captured = sum(p.numel for p in rank_parameters(work) if p.trained and "blocks." in p.name)
+        return ELEMENT["bf16"] * (state.trained - (captured if graphed(work, layout) else 0))
+    accumulated = 2 if work.compute == "fp16" else 4
+    return accumulated * (state.trained if layout.zero == 1 else state.owned)
+
+
+def _updates_from_gradients(work: Workload, layout: Layout) -> bool:
+    """Whether nothing is accumulated: one process alone, with one micro-batch a step, and AdamW in one pass."""
+    alone = layout.data == layout.pipeline == layout.accumulation == 1
+    return work.single_pass and layout.zero == 1 and alone
+
+
+def _buffers(work: Workload, layout: Layout, state: State) -> float:
     """During forward and backward passes: DeepSpeed's bucket, allocated whole; gathered weights; one gradient."""
+    compute = work.compute
     e = ELEMENT[compute]
+    if _updates_from_gradients(work, layout):
+        return 0.0
+    if layout.zero == 1 and work.single_pass:
+        return e * state.largest
     if layout.zero == 1 and compute == "bf16":
         return (e + 4) * state.largest  # gradients go to the float32 accumulation one by one, through a copy
     if layout.zero < 3:
@@ -195,9 +213,12 @@ def _buffers(compute: str, layout: Layout, state: State) -> float:
     return e * (BUCKET_ELEMENTS + max(0, gathered - state.persistent) + state.largest)
 
 
-def _step_bytes(compute: str, layout: Layout, state: State) -> float:
+def _step_bytes(work: Workload, layout: Layout, state: State) -> float:
     """When activations are gone: reduction in the compute format, and the flat copy of a group's gradients."""
-    e, zero = ELEMENT[compute], layout.zero
+    compute, zero = work.compute, layout.zero
+    e = ELEMENT[compute]
+    if zero == 1 and work.single_pass and layout.data == 1:
+        return 0.0
     if zero == 1 and compute == "bf16":
         if state.groups[0] > REDUCE_ELEMENTS:
             return e * max(state.groups)

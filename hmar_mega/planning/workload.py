@@ -34,6 +34,7 @@ class Workload:
         backend: of attention; never `auto`.
         fused: blocks, head and cross-entropy run on the project's own kernels.
         graphs: blocks are replayed as CUDA graphs where the layout allows it.
+        single_pass: under ZeRO 1, AdamW is the own one, in one pass.
         element: bytes of the compute format.
         fp8: the four large linears of a block are computed in FP8.
         tokenizer: parameters of the VQ-VAE, which every rank holds in float32.
@@ -56,6 +57,7 @@ class Workload:
     backend: str
     fused: bool
     graphs: bool
+    single_pass: bool
     compute: str
     element: int
     ema: bool
@@ -91,6 +93,7 @@ class Workload:
             backend=backend,
             fused=fused,
             graphs=why_not_model(config, device) is None,
+            single_pass=fused and config.precision.compute == "bf16" and config.optim.impl in ("auto", "triton"),
             compute=config.precision.compute,
             element=ELEMENT[config.precision.compute],
             ema=getattr(config.optim, "ema_decay", None) is not None,

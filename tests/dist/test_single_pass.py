@@ -22,7 +22,7 @@ def test_weights_are_those_of_torch(inputs: Inputs, tmp_path: Path, layout: str)
     assert ours.norms == pytest.approx(theirs.norms, rel=1e-3)
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name, values in theirs.tensors.items():
-        torch.testing.assert_close(ours.tensors[name], values, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.tensors[name], values, atol=5e-4, rtol=0)
 
 
 def test_a_resumed_run_is_bitwise_the_same(inputs: Inputs, tmp_path: Path) -> None:

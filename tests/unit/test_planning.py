@@ -159,7 +159,8 @@ def test_frozen_parameters_have_no_gradients_and_no_moments() -> None:
     config = load_config("train/d16-256", ["stage.name=masked"])
     work = Workload.of(config)
     memory, trained = memory_of(work, grid(), 0), 467_691_904 - 310_283_520
-    assert memory.gradients == pytest.approx(4 * trained, abs=16)
+    assert memory.gradients == pytest.approx(2 * trained, abs=8)
+    assert memory_of(work, grid(data=2), 0).gradients == pytest.approx(4 * trained, abs=16)
     assert memory.optimizer == pytest.approx(12 * trained, abs=48)
     assert memory.weights == pytest.approx(2 * 467_691_904, abs=8)
 
@@ -239,7 +240,8 @@ def test_a_block_on_a_gpu_keeps_the_units_of_the_table() -> None:
 
 
 def test_graphs_hold_gradients_and_copies_and_lend_nothing_to_the_update() -> None:
-    work, without = (work_of("train/d16-256", f"parallel.cuda_graphs={how}") for how in ("true", "false"))
+    settings = ("train/d16-256", "optim.impl=torch")
+    work, without = (work_of(*settings, f"parallel.cuda_graphs={how}") for how in ("true", "false"))
     row, blocks = 8 * 680 * 1024 * 2, 16 * (18 * 1024**2 + 14 * 1024 + 16)
     assert activations.graph_bytes(work, grid(micro_batch=8)) == 3 * row + 2 * blocks
     assert activations.graph_bytes(work, grid(micro_batch=8, data=2)) == 4 * 3 * row + 2 * blocks
@@ -249,6 +251,17 @@ def test_graphs_hold_gradients_and_copies_and_lend_nothing_to_the_update() -> No
     assert eager.training == eager.state + max(eager.activations + eager.logits + eager.buffers, eager.step)
     assert graphs.training - graphs.state - graphs.activations - graphs.graphs == graphs.step == eager.step
     assert activations.graph_bytes(Workload.of(load_config("train/d16-256"), "cpu"), grid()) == 0
+
+
+def test_one_pass_over_the_gradients_of_one_micro_batch_needs_no_sums() -> None:
+    """Weights and gradients in bf16, masters and moments, and nothing to copy; several micro-batches are summed."""
+    work, torch_work = work_of("train/d16-256"), work_of("train/d16-256", "optim.impl=torch")
+    alone, summed = memory_of(work, grid(), 0), memory_of(work, grid(accumulation=2), 0)
+    assert (alone.gradients, alone.buffers, alone.step) == (alone.weights, 0, 0)
+    assert summed.gradients == memory_of(torch_work, grid(), 0).gradients == 2 * alone.gradients
+    assert summed.step == 0 < memory_of(torch_work, grid(), 0).step
+    for other in (grid(data=2), grid(pipeline=2)):
+        assert memory_of(work, other, 0).gradients == memory_of(torch_work, other, 0).gradients
 
 
 @pytest.mark.parametrize(
