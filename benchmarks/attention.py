@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--eager", action="store_true", help="launch every call from the host: no CUDA graphs")
     parser.add_argument("--eager-normalisation", action="store_true", help="do not compile what stands before a rival")
     parser.add_argument("--budget", type=float, default=150.0, help="milliseconds a measurement (default: %(default)s)")
     add_output_options(parser)
@@ -244,12 +245,12 @@ def measure_row(problem: Problem, clock: Clock, args: argparse.Namespace) -> Ite
         found: dict[str, Any] = {"name": name, "kind": kind}
         try:
             if kind == "ours":
-                check_and_time(found, ours(problem, name), inputs, truth, clock)
+                check_and_time(found, ours(problem, name), inputs, truth, clock, args.eager)
             else:
                 rival = builders[name](problem)
-                check_and_time(found, whole(rival, normalise), inputs, truth, clock)
+                check_and_time(found, whole(rival, normalise), inputs, truth, clock, args.eager)
                 if "whole" in found:
-                    found["alone"] = time_alone(rival, inputs, clock)
+                    found["alone"], _ = time_alone(rival, inputs, clock, args.eager)
         except Unavailable as err:
             found["failed"] = f"cannot run: {err}"
         except Exception as err:  # whatever a rival raises must not end the others
@@ -270,8 +271,9 @@ def ours(problem: Problem, backend: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def check_and_time(
-    found: dict[str, Any], run: Callable[[Tensor, Tensor], Tensor], inputs: Inputs, truth: Inputs, clock: Clock
-) -> None:
+    found: dict[str, Any], run: Callable[[Tensor, Tensor], Tensor], inputs: Inputs, truth: Inputs, clock: Clock,
+    eager: bool,
+) -> None:  # fmt: skip
     """Note `error`, and then `whole` times or, where an error is too large, why there are none (`failed`)."""
     qkv, q_scale, grad = inputs
     out = run(qkv, q_scale)
@@ -287,26 +289,45 @@ def check_and_time(
     if wrong:
         found["failed"] = f"wrong, not timed: relative error {', '.join(wrong)}"
         return
-    found["whole"] = times(run, (qkv, q_scale), (grad,), clock)
+    found["whole"], why = times(run, (qkv, q_scale), (grad,), clock, eager)
+    if why:
+        found["launched"] = why
 
 
-def time_alone(rival: Rival, inputs: Inputs, clock: Clock) -> dict[str, Timing]:
+def time_alone(rival: Rival, inputs: Inputs, clock: Clock, eager: bool) -> tuple[dict[str, Timing], str | None]:
     """The attention alone, on tensors that are contiguous as the rival takes them."""
     with torch.no_grad():
         arranged = rival.arrange(*normalised(inputs[0], inputs[1], rival.order))
         leaves = tuple(x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in arranged)
     # with gradients, as it was called before: a compiled rival would be compiled once more for calls without
     grads = tuple(torch.randn_like(out) for out in rival.attend(*leaves))
-    return times(rival.attend, leaves, grads, clock)
+    return times(rival.attend, leaves, grads, clock, eager)
 
 
 def times(
-    run: Callable[..., Tensor | tuple[Tensor, ...]], leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...], clock: Clock
-) -> dict[str, Timing]:
-    """Forward as in training, backward alone, and both.
+    run: Callable[..., Tensor | tuple[Tensor, ...]], leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...],
+    clock: Clock, eager: bool,
+) -> tuple[dict[str, Timing], str | None]:  # fmt: skip
+    """Forward as in training, backward alone, and both; and why they were launched from the host, if they were.
 
-    Every backward pass has a graph of its own, made before its clock starts: some rivals free what they saved.
+    On a GPU passes are captured and replayed as CUDA graphs, as training does: the host's time is no part of them.
+    Launched, every backward pass has an autograd graph of its own, made before its clock starts: some rivals free what
+    they saved.
     """
+    why = "--eager" if eager else None
+    if clock.cuda and not eager:
+        try:
+            forward, backward_ = capture(run, leaves, grads)
+        except Exception as err:  # whatever a rival raises: it is timed without
+            why = reason(err)
+            torch.cuda.synchronize()
+        else:
+            replays = {
+                "forward": (lambda _: forward.replay(), lambda: None),
+                "backward": (lambda _: backward_.replay(), forward.replay),
+                "both": (lambda _: (forward.replay(), backward_.replay()), lambda: None),
+            }
+            return {part: clock.time(*replays[part]) for part in PARTS}, None
 
     def backward(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, leaves, grads)
@@ -316,7 +337,26 @@ def times(
         "backward": (backward, lambda: run(*leaves)),
         "both": (lambda _: backward(run(*leaves)), lambda: None),
     }
-    return {part: clock.time(*calls[part]) for part in PARTS}
+    return {part: clock.time(*calls[part]) for part in PARTS}, why
+
+
+def capture(
+    run: Callable[..., Tensor | tuple[Tensor, ...]], leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]:
+    """Forward and backward pass as CUDA graphs over one memory pool."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            torch.autograd.grad(run(*leaves), leaves, grads)
+    torch.cuda.current_stream().wait_stream(side)
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward):
+        out = run(*leaves)
+    with torch.cuda.graph(backward, pool=forward.pool()):
+        kept = torch.autograd.grad(out, leaves, grads)
+    forward.kept = (out, kept)  # type: ignore[attr-defined]  # what replays write stays allocated
+    return forward, backward
 
 
 if __name__ == "__main__":

@@ -78,6 +78,17 @@ def page(results: dict[str, Any]) -> str:
     ]
     if failures:
         sections += ["Not timed:", "\n".join(failures)]
+    launched = [
+        f"- {_label(row)}: {found['name']}: {found['launched']}"
+        for row in results["rows"]
+        for found in row["contenders"]
+        if "launched" in found
+    ]
+    if launched:
+        sections += [
+            "Launched from the host, whose time counts; the others are replayed CUDA graphs:",
+            "\n".join(launched),
+        ]
     return "\n\n".join(sections)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformer_engine.pytorch  # noqa: F401  # it loads transformer_engine_torch
 import transformer_engine_torch as tex
 from torch import Tensor
 from transformer_engine.pytorch.cpp_extensions.fused_attn import (

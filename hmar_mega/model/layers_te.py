@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformer_engine.pytorch  # noqa: F401  # it loads transformer_engine_torch
 import transformer_engine_torch as tex
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
 from megatron.core.transformer import TransformerConfig

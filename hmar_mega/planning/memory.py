@@ -145,7 +145,7 @@ def rank_state(
 
 def memory_of(work: Workload, layout: Layout, pipeline_rank: int, chunk: int | None = LOGITS_CHUNK_BYTES) -> Memory:
     """Bytes of the ranks of one pipeline stage."""
-    compute, zero, e = work.compute, layout.zero, work.element
+    zero, e = layout.zero, work.element
     state = stage_state(work, layout, pipeline_rank)
     weights = e * (state.trained + state.frozen)
     if zero == 3:
@@ -183,7 +183,7 @@ def _fp8_elements(work: Workload, layout: Layout, pipeline_rank: int) -> int:
 
 
 def _gradient_bytes(work: Workload, layout: Layout, state: State) -> float:
-    """Accumulated in float32 but for fp16, which accumulates in its own format, and for what is updated from directly."""
+    """Accumulated in float32 (fp16: in its own format), if they are accumulated at all."""
     if _updates_from_gradients(work, layout):  # those of the blocks lie in the graphs
         captured = sum(p.numel for p in rank_parameters(work) if p.trained and "blocks." in p.name)
         return ELEMENT["bf16"] * (state.trained - (captured if graphed(work, layout) else 0))
