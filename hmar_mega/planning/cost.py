@@ -17,7 +17,7 @@ from hmar_mega.model.stage import split_layers
 from hmar_mega.planning.activations import graphed
 from hmar_mega.planning.cluster import Cluster
 from hmar_mega.planning.layout import Layout
-from hmar_mega.planning.memory import stage_state
+from hmar_mega.planning.memory import stage_state, updates_from_gradients
 from hmar_mega.planning.rates import FP8_LINEAR_TIME, FUSED_REACH, attention_seconds, own_attention_seconds
 from hmar_mega.planning.tensors import rank_parameters, rank_runs
 from hmar_mega.planning.workload import Workload
@@ -346,6 +346,8 @@ def _data(work: Workload, layout: Layout, cluster: Cluster, busy: float) -> tupl
 
 def _update(work: Workload, layout: Layout, cluster: Cluster) -> float:
     """Seconds of clipping and AdamW: bytes read and written by the elements that each touches, and small operations."""
+    if work.single_pass and layout.zero == 1:
+        return _single_pass(work, layout) / (cluster.memory_gb_per_s * 1e9)
     e = work.element
     state = stage_state(work, layout, 0)
     adam = state.owned * (16 + 12 + 4 + e + (12 if work.ema else 0))
@@ -356,3 +358,15 @@ def _update(work: Workload, layout: Layout, cluster: Cluster) -> float:
     moved = (adam + norm_clip_clear + reduction + accumulation) / (cluster.memory_gb_per_s * 1e9)
     tensors = sum(p.trained for p in rank_parameters(work, layout.tensor, layout.pipeline, layout.virtual))
     return moved + tensors * TENSOR_SECONDS
+
+
+def _single_pass(work: Workload, layout: Layout) -> float:
+    """Bytes of norm, update, and the copying, adding and averaging of gradients where there are several to a step."""
+    e = work.element
+    state = stage_state(work, layout, 0)
+    direct = updates_from_gradients(work, layout)
+    gradient = e if direct else 4
+    update = state.owned * (gradient + 12 + 12 + e + (12 if work.ema else 0))
+    added = 0 if direct else state.trained * ((4 + e) + (layout.accumulation - 1) * (8 + e))
+    averaged = state.trained * 2 * (4 + e) if layout.data > 1 else 0
+    return update + gradient * state.trained + added + averaged

@@ -184,14 +184,14 @@ def _fp8_elements(work: Workload, layout: Layout, pipeline_rank: int) -> int:
 
 def _gradient_bytes(work: Workload, layout: Layout, state: State) -> float:
     """Accumulated in float32 (fp16: in its own format), if they are accumulated at all."""
-    if _updates_from_gradients(work, layout):  # those of the blocks lie in the graphs
+    if updates_from_gradients(work, layout):  # those of the blocks lie in the graphs
         captured = sum(p.numel for p in rank_parameters(work) if p.trained and "blocks." in p.name)
         return ELEMENT["bf16"] * (state.trained - (captured if graphed(work, layout) else 0))
     accumulated = 2 if work.compute == "fp16" else 4
     return accumulated * (state.trained if layout.zero == 1 else state.owned)
 
 
-def _updates_from_gradients(work: Workload, layout: Layout) -> bool:
+def updates_from_gradients(work: Workload, layout: Layout) -> bool:
     """Whether nothing is accumulated: one process alone, with one micro-batch a step, and AdamW in one pass."""
     alone = layout.data == layout.pipeline == layout.accumulation == 1
     return work.single_pass and layout.zero == 1 and alone
@@ -201,7 +201,7 @@ def _buffers(work: Workload, layout: Layout, state: State) -> float:
     """During forward and backward passes: DeepSpeed's bucket, allocated whole; gathered weights; one gradient."""
     compute = work.compute
     e = ELEMENT[compute]
-    if _updates_from_gradients(work, layout):
+    if updates_from_gradients(work, layout):
         return 0.0
     if layout.zero == 1 and work.single_pass:
         return e * state.largest

@@ -22,7 +22,7 @@ from hmar_mega.planning import activations, rates
 from hmar_mega.planning.cluster import Cluster, load_cluster, packaged_clusters
 from hmar_mega.planning.cost import bubble_fraction, cost_of, link, ring_bytes
 from hmar_mega.planning.layout import Layout
-from hmar_mega.planning.layouts import legal_layouts
+from hmar_mega.planning.layouts import calibration, legal_layouts
 from hmar_mega.planning.memory import memory_of, rank_state
 from hmar_mega.planning.tensors import parameter_count, rank_parameters, rank_runs
 from hmar_mega.planning.workload import Workload
@@ -331,10 +331,22 @@ def test_a_profiled_step_is_predicted_part_by_part() -> None:
     """ms of d16 and d24 at 256 px on an H100: products, attention, elementwise with the head's logits, and update."""
     measured = {("train/d16-256", 64): (70.4, 13.4, 22.5, 15), ("train/d24-256", 32): (114.9, 15.3, 27.8, 32)}
     for (name, batch), parts in measured.items():
-        cost = cost_of(work_of(name), grid(micro_batch=batch), load_cluster("h100"))
+        cost = cost_of(work_of(name, "optim.impl=torch"), grid(micro_batch=batch), load_cluster("h100"))
         predicted = [1e3 * s for s in (cost.products, cost.attention, cost.elementwise, cost.update)]
         assert predicted == pytest.approx(parts, rel=0.12)
         assert cost.host == 0
+
+
+def test_steps_with_graphs_and_one_pass_are_predicted_as_they_were_measured() -> None:
+    """ms and peak GB of d16 and d24 at 256 px, selective recomputation, on an H100 (benchmarks/results/training.md)."""
+    measured = {("train/d16-256", 64): (140.9, 24.06), ("train/d24-256", 32): (207.2, 36.07)}
+    for (name, batch), (ms, gigabytes) in measured.items():
+        work = work_of(name, "parallel.cuda_graphs=true")
+        layout = grid(micro_batch=batch, recompute="selective")
+        cost = cost_of(work, layout, load_cluster("h100"), calibration())
+        assert 1e3 * cost.step == pytest.approx(ms, rel=0.03)
+        without_tokenizer = memory_of(work, layout, 0).training - 4 * work.tokenizer
+        assert without_tokenizer / 1e9 == pytest.approx(gigabytes, rel=0.03)
 
 
 def test_recomputation_costs_what_it_repeats() -> None:
