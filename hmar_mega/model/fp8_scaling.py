@@ -54,6 +54,12 @@ class Fp8Scaling:
         self._linears: list[Any] = []
         self._measuring = self.delayed
         self._ready = False
+        self._renewed: set[str] = set()  # runs of graphs whose FP8 weights are those of this step
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the linears run in bf16 and note their largest values."""
+        return self._measuring
 
     def add(self, linear: nn.Module) -> None:
         """Count a TE linear among those that are computed in FP8."""
@@ -74,6 +80,26 @@ class Fp8Scaling:
         for linear in self._linears:
             linear.is_first_microbatch = True
             linear.measuring = self._measuring
+        self._renewed.clear()
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Around the capture of CUDA graphs in which linears run: the passes before it leave no trace in the scales.
+
+        TE captures the making of FP8 weights with a flag on the GPU that says whether to skip it, where there is one.
+        """
+        FP8GlobalStateManager.set_skip_fp8_weight_update_tensor(False)
+        states = [s for linear in self._linears for s in map(linear.fp8_meta.get, DIRECTIONS.values()) if s is not None]
+        tensors = [t for s in states for t in (s.scale, getattr(s, "amax_history", None)) if t is not None]
+        kept = [t.clone() for t in tensors]
+        yield
+        for tensor, values in zip(tensors, kept, strict=True):
+            tensor.copy_(values)
+
+    def before_replay(self, run: str) -> None:
+        """Let the first replay of `run` in a step make its FP8 weights anew, and the others take them as they are."""
+        FP8GlobalStateManager.set_skip_fp8_weight_update_tensor(run in self._renewed)
+        self._renewed.add(run)
 
     def end_step(self, applied: bool) -> None:
         """Take the step's largest values into the scales; collective over tensor- and data-parallel ranks.

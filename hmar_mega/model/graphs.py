@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def attach_graphs(model: Any, config: Config, device: str, data_parallel: int) -
     """Let `model` replay its blocks where that is possible; says once what was chosen and why."""
     reason = why_not(config, device)
     if reason is None:
-        model.graphs = BlockGraphs(BLOCKS_PER_GRAPH if data_parallel > 1 else None)
+        model.graphs = BlockGraphs(BLOCKS_PER_GRAPH if data_parallel > 1 else None, model.layers.fp8)
         reason = f"blocks run as CUDA graphs, {'all in one' if data_parallel == 1 else f'{BLOCKS_PER_GRAPH} in each'}"
     else:
         reason = f"blocks run kernel by kernel, not as CUDA graphs: {reason}"
@@ -66,11 +67,27 @@ def why_not_model(config: Config, device: str) -> str | None:
         return "parallel.cuda_graphs=false"
     if config.precision.compute != "bf16":
         return HELD_GRADIENTS.format(f"precision.compute={config.precision.compute}")
-    if config.precision.fp8 != "none":
-        return "Transformer Engine's FP8 scales change between micro-batches"
+    if config.precision.fp8 == "linears_and_attention":
+        return "which heads attend in FP8 changes while training"
+    if config.precision.fp8 == "linears" and config.parallel.recompute == "full":
+        return "Transformer Engine's recomputation in FP8 is not captured"
     if config.model.attention.backend not in ("auto", "triton", "sdpa"):
         return f"attention.backend={config.model.attention.backend} is not captured"
     return None
+
+
+class Fp8State(Protocol):
+    """What graphs need of `fp8_scaling.Fp8Scaling`."""
+
+    @property
+    def measuring(self) -> bool:
+        """Whether FP8 linears still run in bf16."""
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Around captures."""
+
+    def before_replay(self, run: str) -> None:
+        """Before the replays of a micro-batch."""
 
 
 class _Blocks(nn.Module):
@@ -127,10 +144,11 @@ class BlockGraphs:
 
     Args:
         blocks_per_graph: None for one graph of all.
+        fp8: scales of FP8 linears, whose first step is measured and not replayed.
     """
 
-    def __init__(self, blocks_per_graph: int | None) -> None:
-        self.blocks_per_graph = blocks_per_graph
+    def __init__(self, blocks_per_graph: int | None, fp8: Fp8State | None = None) -> None:
+        self.blocks_per_graph, self.fp8 = blocks_per_graph, fp8
         self._captured: dict[tuple[object, ...], list[_Captured]] = {}
         self._eager: set[tuple[object, ...]] = set()
 
@@ -151,6 +169,8 @@ class BlockGraphs:
         Args:
             recompute: whole blocks in the backward pass.
         """
+        if self.fp8 is not None and self.fp8.measuring:
+            return _Blocks(blocks, recompute, attend, length)(x, cond, drop_path, shared)
         key = (branch, x.shape, x.dtype, drop_path is None, x.requires_grad, cond.requires_grad)
         if key not in self._captured:
             if any(known[0] == branch for known in self._captured):
@@ -160,7 +180,10 @@ class BlockGraphs:
                 return _Blocks(blocks, recompute, attend, length)(x, cond, drop_path, shared)
             size = self.blocks_per_graph or len(blocks)
             parts = [_Blocks(blocks[i : i + size], recompute, attend, length) for i in range(0, len(blocks), size)]
-            self._captured[key] = capture(parts, x, cond, drop_path, shared)
+            with nullcontext() if self.fp8 is None else self.fp8.capturing():
+                self._captured[key] = capture(parts, x, cond, drop_path, shared)
+        if self.fp8 is not None:
+            self.fp8.before_replay(branch)
         for part in self._captured[key]:
             x = part(x, cond, drop_path, shared)
         return x

@@ -309,10 +309,11 @@ class HMAR(nn.Module):
         """The layers of this stage as `branch` runs them; `length` counts the real tokens of the whole sequence."""
         x, cond, shared = hidden
         blocks = [(number, self.block(number, branch)) for number in self.stage.layers]
-        if self.graphs is not None and self.training and torch.is_grad_enabled():
-            run = self.graphs.run(branch, blocks, self.recompute == "full", attend, length, x, cond, shared, drop_path)
-            return Hidden(run, cond, shared)
         with self.layers.low_precision(self.training):
+            if self.graphs is not None and self.training and torch.is_grad_enabled():
+                full = self.recompute == "full"
+                run = self.graphs.run(branch, blocks, full, attend, length, x, cond, shared, drop_path)
+                return Hidden(run, cond, shared)
             for number, block in blocks:
                 factors = None if drop_path is None else drop_path[number]
                 given = (x, cond, shared, attend, length, factors)

@@ -23,6 +23,7 @@ from hmar_mega.config import Config, ModelConfig
 from hmar_mega.config_precision import PrecisionConfig
 from hmar_mega.errors import UserError
 from hmar_mega.model.attention import scale_block_attention
+from hmar_mega.model.graphs import BlockGraphs
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.parallel.dims import parallel_world
 from hmar_mega.precision import exact_float32
@@ -298,6 +299,28 @@ def test_recomputing_blocks_gives_the_gradients_of_keeping_them() -> None:
 
 
 @pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+def test_graphs_of_fp8_linears_give_what_launches_give(recipe: str) -> None:
+    """Micro-batch by micro-batch, with weights that change between steps; and the capture leaves the scales alone."""
+    launched, replayed = (hmar(PrecisionConfig(fp8="linears", fp8_recipe=recipe)) for _ in range(2))
+    replayed.graphs = BlockGraphs(None, replayed.layers.fp8)
+    for number in range(4):
+        found = []
+        for model in (launched, replayed):
+            model.layers.fp8.begin_step()
+            found.append([step(model, 10 * number + i, end=False) for i in range(2)])
+            model.layers.fp8.end_step(applied=True)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.25)
+        for (loss, gradients), (other, others) in zip(*found, strict=True):
+            torch.testing.assert_close(other, loss, rtol=1e-3, atol=1e-3)
+            assert max(relative(others[n], gradients[n]) for n in gradients) < 1e-2, number
+        for (name, a), (_, b) in zip(copied(launched), copied(replayed), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6, msg=name)
+
+
+@pytest.mark.usefixtures("world")
 def test_fp8_attention_in_a_model_follows_bf16() -> None:
     config = MODEL.model_copy(update={"width": 256})
     schedule = ScaleSchedule((1, 3, 16))
@@ -323,6 +346,7 @@ RUNS = {
     "current": ("precision.fp8=linears", "precision.fp8_recipe=current"),
     "zero3": ("precision.fp8=linears", "parallel.zero_stage=3"),
     "recomputed": ("precision.fp8=linears", "parallel.recompute=full"),
+    "graphs": ("precision.fp8=linears", "parallel.cuda_graphs=true"),
     "interrupted": ("precision.fp8=linears", "optim.max_steps=10"),
 }
 
@@ -366,7 +390,7 @@ def finished(printed: dict[str, str], *names: str) -> None:
         assert not printed[name].startswith(FAILED), f"{name}: {printed[name]}"
 
 
-@pytest.mark.parametrize("name", ["delayed", "current", "zero3", "recomputed"])
+@pytest.mark.parametrize("name", ["delayed", "current", "zero3", "recomputed", "graphs"])
 def test_fp8_training_follows_bf16(printed: dict[str, str], folder: Path, name: str) -> None:
     """20 steps of 4 micro-batches of 42 rows, which are padded."""
     finished(printed, "bf16", name)

@@ -315,7 +315,11 @@ def test_a_norm_that_is_not_finite_counts_as_a_skipped_step(norm):
         (("parallel.tensor_parallel=2",), "with tensor_parallel > 1 blocks communicate"),
         (("parallel.pipeline_parallel=2",), "several micro-batches of a pipeline are under way at once"),
         (("model.attention.backend=reference",), "attention.backend=reference is not captured"),
-        (("precision.fp8=linears",), "FP8 scales change between micro-batches"),
+        (("precision.fp8=linears", "parallel.recompute=full"), "recomputation in FP8 is not captured"),
+        (
+            ("precision.fp8=linears_and_attention", "precision.fp8_pad_head_dim=true"),
+            "which heads attend in FP8 changes",
+        ),
     ],
 )
 def test_blocks_are_captured_only_where_replays_are_right(overrides, reason):
