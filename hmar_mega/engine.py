@@ -258,4 +258,5 @@ def quiet_deepspeed() -> None:
     if not torch.cuda.is_available():
         import deepspeed.ops
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # A table that is not there yet would be made by trying every op that DeepSpeed has with a C compiler.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
