@@ -29,7 +29,8 @@ help:  ## this list
 venv: $(STAMP)  ## .venv with the package (editable), its dependencies and the developer tools
 
 # DeepSpeed comes as source only and imports torch while it is built, hence torch first and no build isolation. Naming
-# torch again in the second command keeps pip from trading it for another build.
+# torch again in the second command keeps pip from trading it for another build. pip would compile to bytecode file after
+# file; afterwards every core does, and fails for templates in packages that are no Python, which pip passes over too.
 $(STAMP): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "no Python 3.11 or newer found; install one or give its path: make venv PYTHON=…" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
@@ -39,8 +40,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "Point pip at an index of CPU builds (PIP_EXTRA_INDEX_URL) and run: make venv TORCH=torch==2.13.0+cpu" >&2; \
 	  exit 1; \
 	fi
-	$(PIP) install '$(TORCH)' 'setuptools>=77' wheel 'numpy>=1.26' -c constraints.txt
-	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation '$(TORCH)' -e '.[dev]' -c constraints.txt
+	$(PIP) install --no-compile '$(TORCH)' 'setuptools>=77' wheel 'numpy>=1.26' -c constraints.txt
+	DS_BUILD_OPS=0 $(PIP) install --no-compile --no-build-isolation '$(TORCH)' -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
 	@touch $@
 
 demo: $(STAMP)  ## data, tokenizer, both stages and samples on this machine, in minutes

@@ -24,6 +24,7 @@ from hmar_mega.optimizer import SinglePassAdamW, build_adamw, set_steps
 from hmar_mega.parallel import zero
 from hmar_mega.parallel.dims import ParallelDims
 from hmar_mega.parallel.pipeline import PipelineModel, PipelineSchedule
+from hmar_mega.parallel.slim_import import slim_import
 from hmar_mega.schedules import Schedule
 
 log = logging.getLogger(__name__)
@@ -260,7 +261,10 @@ def quiet_deepspeed() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
+    with slim_import():  # every engine imports this optimizer, which compiles functions meanwhile
+        import deepspeed.runtime.zero.muon.original_muon
     if not torch.cuda.is_available():
         import deepspeed.ops
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # A table that is not there yet would be made by trying every op that DeepSpeed has with a C compiler.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False

@@ -12,11 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # commands that read a configuration need no tensor, and torch takes seconds to import
+    import torch
+    from torch import Tensor
 
 Pattern = Literal["block_diagonal", "block_causal"]
 
@@ -90,6 +92,8 @@ class ScaleSchedule:
 
     def level_ids(self, device: torch.device | str | None = None) -> Tensor:
         """The 0-based scale of every position, (N,) int64."""
+        import torch
+
         lengths = torch.tensor(self.scale_lengths, device=device)
         return torch.repeat_interleave(
             torch.arange(self.num_scales, device=device), lengths, output_size=self.num_tokens
@@ -97,6 +101,8 @@ class ScaleSchedule:
 
     def cu_seqlens(self, batch: int, device: torch.device | str | None = None) -> Tensor:
         """Cumulative lengths of every (sample, scale) for variable-length attention, (batch·K + 1,) int32."""
+        import torch
+
         lengths = torch.tensor(self.scale_lengths, dtype=torch.int32, device=device).repeat(batch)
         return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
 
@@ -146,6 +152,8 @@ def token_weights(schedule: ScaleSchedule, kind: Literal["uniform", "lognormal"]
     w_k ∝ pdf_normal((p_{K+1−k}/p_K − mean)/std) with mean and std (ddof 1) of the ratios p_k/p_K, Σ w_k = 1, spread
     evenly over its p_k² tokens.
     """
+    import torch
+
     if kind == "uniform":
         return torch.full((schedule.num_tokens,), 1.0 / schedule.num_tokens)
     lengths = torch.tensor(schedule.scale_lengths)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported: the tensors of tests are tiny, and on a machine of many cores threads cost more than they
+# Before torch is imported: the tensors of tests are tiny, test files run side by side, and threads cost more than they
 # give. Processes that tests start inherit it.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest

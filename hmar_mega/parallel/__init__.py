@@ -3,6 +3,7 @@
 import logging
 import warnings
 
+from hmar_mega.parallel.slim_import import slim_import
 from hmar_mega.versions import check_versions
 
 check_versions("megatron-core", "deepspeed")
@@ -17,7 +18,7 @@ class _NotDetected(logging.Filter):
 
 # mcore says at import, once a module, that it will do without Transformer Engine and Apex; the engine says itself which
 # optimizer it chose
-with warnings.catch_warnings():
+with warnings.catch_warnings(), slim_import():
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     for handler in logging.root.handlers:
         handler.addFilter(_NotDetected())

@@ -35,7 +35,7 @@ MAX_RANKS = 8
 #: before deepspeed because it silences what the two say while they are imported; pytest, because the children import
 #: the test modules.
 PRELOADED = [
-    "torch", "pytest", "hmar_mega.train", "deepspeed",
+    "torch", "pytest", "hmar_mega.train", "deepspeed", "torch._dynamo",
     # what every run would import after it has started, in each of its processes
     "hmar_mega.parallel.mpu", "megatron.core.models.backends", "deepspeed.comm.mori", "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer",

@@ -68,13 +68,19 @@ def test_one_process_draws_for_every_position_and_differently(case):
         assert len(set().union(*(values for (_, k), values in alone.items() if k == kind))) > TRAIN_SAMPLES / 3
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
+#: A layout decides who uses a draw, a stage what is drawn: the masked stage draws all that there is, on every layout.
+LAYOUTS_OF = {
+    "masked": (
         "accumulated", "data2", "tensor2_data2", "sequence2_data2_zero3", "pipeline4", "pipeline2_data2",
         "pipeline2_virtual2_sequence2_data2",
-    ],
-)  # fmt: skip
+    ),
+    "next_scale": ("accumulated", "sequence2_data2_zero3", "pipeline2_data2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"), [(stage, name) for stage, names in LAYOUTS_OF.items() for name in names], indirect=["case"]
+)
 def test_every_layout_draws_the_same(inputs, tmp_path, case, layout):
     settings, alone = case
     assert draws(inputs, tmp_path / "run", layout, *settings) == alone

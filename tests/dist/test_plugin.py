@@ -20,6 +20,7 @@ import pytest
 import torch
 from harness import run_ranks
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.spec_utils import build_module
 from runs import Inputs, Outcome, tiny_config, train
@@ -59,8 +60,12 @@ def write_config(inputs: Inputs, folder: Path, *overrides: str) -> Path:
 
 
 def allow_children() -> None:
-    """mcore's checkpoint writer starts processes, which multiprocessing forbids to the harness's daemonic ones."""
+    """mcore's checkpoint writer starts processes, which multiprocessing forbids to the harness's daemonic ones.
+
+    One of them keeps results, and would import torch and mcore anew in every rank; here it is a copy of the rank.
+    """
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
 
 
 def example_rank(name: str, config: Path) -> str:

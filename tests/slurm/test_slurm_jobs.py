@@ -146,9 +146,9 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_very_weights(
     slurm: Loopback, slurm_inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two nodes of two processes each, tensor parallel in a node, data parallel between them, to completion."""
-    settings = ("parallel.tensor_parallel=2", "optim.max_steps=150", "optim.epochs=40", "model.drop_path_rate=0.4")
+    settings = ("parallel.tensor_parallel=2", "optim.max_steps=80", "optim.epochs=20", "model.drop_path_rate=0.4")
     run = LaunchedRun(slurm, config_file(tiny_config(slurm_inputs, tmp_path / "run", *settings)), processes=2)
-    run.wait("step 20", lambda: "step  20/150" in run.log(0))
+    run.wait("step 5", lambda: "step  5/80" in run.log(0))
     slurm.call("scancel", "--batch", "--signal=USR1", run.job)  # as SLURM does before the time limit
     run.wait_for_event("preempted")
     run.hasten()
@@ -161,7 +161,7 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_very_weights(
     run.wait_for_event("completed")
     assert run.events() == ["submitted", "started", "preempting", "preempted", "started", "completed"]
     found = run.status()
-    assert (found["state"], found["step"], found["total"], found["restarts"]) == ("completed", 150, 150, 1)
+    assert (found["state"], found["step"], found["total"], found["restarts"]) == ("completed", 80, 80, 1)
     resumed = Outcome.of(run.folder)
     assert "resumed" in run.log(1)
     assert resumed.losses == whole.losses

@@ -588,8 +588,16 @@ def test_general_help_lists_the_commands_with_an_example(workplace):
     assert examples(out)
 
 
-def test_help_needs_no_heavy_import():
-    code = "import sys, hmar_mega.cli as c; c.build_parser(); print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import hmar_mega.cli as c; c.build_parser()",
+        "import hmar_mega.config_io as c; c.load_config('train/d16-256')",
+        "import hmar_mega.launchers.status",
+    ],
+)
+def test_help_settings_and_status_need_no_heavy_import(code):
+    code += "; import sys; print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
