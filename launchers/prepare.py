@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hmar_mega.config import Config
-from hmar_mega.config_io import config_to_yaml
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
+
+if TYPE_CHECKING:
+    from hmar_mega.config import Config
 
 #: Of a run directory: what `hmar-mega launch` writes and its jobs add to.
 LAUNCH_FOLDER = "launch"
@@ -43,6 +45,8 @@ def prepare(config: Config, files: Mapping[str, str], command: Sequence[str]) ->
     Raises:
         UserError: when it cannot be written.
     """
+    from hmar_mega.config_io import config_to_yaml
+
     folder = Path(str(config.run.dir)) / LAUNCH_FOLDER
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     described, changes = _revision()

@@ -1,12 +1,7 @@
-"""Running cells: one attempt of one cell, local processes side by side, and SLURM arrays.
-
-Every way comes down to `hmar-mega sweep run DIR CELL`, which trains one cell as `hmar-mega train` would and records how
-it ended. Cells resume from their checkpoints, so that all of this may be stopped and started again at any time.
-"""
+"""Running cells: local processes side by side, and SLURM arrays; both start `hmar-mega sweep run DIR CELL`."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -15,89 +10,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from types import FrameType
 
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
 from hmar_mega.interrupts import REQUEUE_STATUS
 from hmar_mega.scaling import state
+from hmar_mega.scaling.attempt import handling
 
 log = logging.getLogger(__name__)
 
 #: Seconds between looks at what local processes do.
 POLL_SECONDS = 0.2
-
-#: Characters of a log that are searched for the reason of a failure.
-LOG_TAIL = 20_000
-
-
-def run_cell(folder: Path, name: str, processes: int) -> int:
-    """One attempt of one cell, in the foreground; signals are passed on to it.
-
-    Returns:
-        0 when the cell is finished, also before, or was stopped by SIGTERM or SIGINT; 75 when SIGUSR1 stopped it and it
-        wants to be started again; 1 when the attempt failed.
-
-    Raises:
-        UserError: for a cell that the sweep does not have, or that is being trained.
-    """
-    path = state.cell_folder(folder, name)
-    if not (path / "config.yaml").is_file():
-        raise UserError(f"{folder} has no cell {name}; `hmar-mega sweep status` lists them")
-    with state.attempt_lock(path):
-        if state.is_finished(path):
-            if not state.is_recorded_finished(path):  # trained by hand, or killed before it could say so
-                state.record(path, "end", outcome="finished", status=0)
-            return 0
-        number = state.count_attempts(path) + 1
-        state.record(path, "start", number=number, job=os.environ.get("SLURM_JOB_ID"))
-        output = path / f"attempt-{number}.log"
-        status, asked = _train(path, processes, output)
-        if state.is_finished(path):
-            state.record(path, "end", outcome="finished", status=status)
-            return 0
-        if asked and status in (0, REQUEUE_STATUS, 1, -signal.SIGTERM):  # torchrun reports any status but 0 as 1
-            state.record(path, "end", outcome="stopped", status=status)
-            return REQUEUE_STATUS if signal.SIGUSR1 in asked else 0
-        reason = state.failure_reason(status, output.read_text(errors="replace")[-LOG_TAIL:])
-        state.record(path, "end", outcome="failed", status=status, reason=reason)
-        log.warning("cell %s, attempt %d failed: %s (%s)", name, number, reason, output)
-        return 1
-
-
-def _train(path: Path, processes: int, output: Path) -> tuple[int, list[int]]:
-    """(exit status, signals that asked it to stop) of the training process, whose output goes to a file."""
-    command = [sys.executable, "-m", "hmar_mega"]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *launcher, "-m", "hmar_mega"]
-    command += ["train", str(path / "config.yaml"), f"run.dir={path / 'run'}"]
-    asked: list[int] = []
-    with output.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            asked.append(number)
-            # torchrun dies of USR1, and hands TERM on to its workers
-            process.send_signal(signal.SIGTERM if processes > 1 else number)
-
-        with _handling((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), pass_on):
-            status = process.wait()
-    return status, asked
-
-
-@contextlib.contextmanager
-def _handling(signals: Sequence[signal.Signals], handler: object) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in signals}  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 @dataclass
@@ -116,6 +43,7 @@ class Outcome:
     finished: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     gave_up: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
 
 def run_local(
@@ -132,7 +60,7 @@ def run_local(
     ends = None if minutes is None else time.monotonic() + 60 * minutes
     asked: list[int] = []
     entries = {entry["cell"]: entry for entry in state.read_sweep(folder)}
-    with _handling((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), lambda number, _: asked.append(number)):
+    with handling((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), lambda number, _: asked.append(number)):
         told = False
         while waiting or any(slot.process for slot in slots):
             stopping = bool(asked) or (ends is not None and time.monotonic() >= ends)
@@ -177,6 +105,9 @@ def _settle(
     elif found.state == "gave up":
         log.warning("cell %s: given up after %d failures, last: %s", slot.name, found.attempts, found.reason)
         outcome.gave_up.append(slot.name)
+    elif found.state == "refused":
+        log.warning("cell %s: refused, and not tried again as it is: %s", slot.name, found.reason)
+        outcome.refused.append(slot.name)
     elif status in (0, REQUEUE_STATUS) or stopping:
         outcome.stopped.append(slot.name)
     else:  # it could not even begin, and said why
