@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmar_mega.errors import UserError
+from hmar_mega.errors import UserError, refuse_options
 from hmar_mega.parsers import add_command
 
 if TYPE_CHECKING:
@@ -57,17 +57,22 @@ def _add_submit(commands: Any) -> None:
     parser = add_command(
         commands, "submit", "train what is missing: new cells, stopped ones, failed ones", "",
         "  hmar-mega sweep submit SWEEP.yaml --local 2 --minutes 20\n"
-        "  hmar-mega sweep submit SWEEP.yaml --slurm 8 --option=--partition=gpu --option=--time=4:00:00",
+        "  hmar-mega sweep submit SWEEP.yaml --slurm 8 --cluster ours.yaml --time 4:00:00",
     )  # fmt: skip
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--local", type=_positive, metavar="N", help="processes here, N cells at a time (default: 1)")
     where.add_argument("--slurm", type=_positive, metavar="N", help="one SLURM array, N tasks at a time")
     parser.add_argument("--minutes", type=float, help="with --local: save and stop after so long, to go on later")
-    parser.add_argument("--dependency", help="with --slurm: as sbatch takes it, such as afterok:123")
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="--KEY=VALUE", help="with --slurm: another #SBATCH line"
+    slurm = parser.add_argument_group("with --slurm")
+    slurm.add_argument("--cluster", help="YAML file or name, as of `hmar-mega launch` (default: the sweep's)")
+    slurm.add_argument("--time", help="limit of one job, such as 4:00:00; cells that take longer go on in another")
+    slurm.add_argument("--partition", help="instead of the cluster's")
+    slurm.add_argument(
+        "--max-restarts", type=_positive, metavar="R", help="how often a task starts again (default: 50)"
     )
+    slurm.add_argument("--dependency", help="as sbatch takes it, such as afterok:123")
+    slurm.add_argument("--option", action="append", metavar="--KEY=VALUE", help="another option of sbatch")
     parser.add_argument("--max-attempts", type=_positive, help="instead of the sweep's; higher retries cells given up")
     parser.add_argument(
         "--accept-changed-data", action="store_true",
@@ -159,15 +164,16 @@ def _run_plan(args: argparse.Namespace) -> int:
 
 def _run_submit(args: argparse.Namespace) -> int:
     from hmar_mega.planning.workload import with_tokenizer
-    from hmar_mega.scaling import submit
+    from hmar_mega.scaling.local import run_local
     from hmar_mega.scaling.state import entries_of, write_sweep
 
-    if args.slurm is None and (args.dependency or args.option):
-        raise UserError("--dependency and --option are SLURM's; give --slurm N too")
-    if args.slurm is not None and args.minutes is not None:
-        raise UserError("--minutes is for --local; with --slurm give --option=--time=… instead")
+    if args.slurm is None:
+        names = ("cluster", "time", "partition", "max_restarts", "dependency", "option")
+        refuse_options("they are SLURM's, and --slurm N is not given", **{name: getattr(args, name) for name in names})
+    else:
+        refuse_options("it is for --local; with --slurm there is --time", minutes=args.minutes)
     spec, base, planned = _planned(args.sweep)
-    folder, attempts = Path(spec.dir), args.max_attempts or spec.max_attempts
+    folder, attempts = Path(spec.dir).absolute(), args.max_attempts or spec.max_attempts
     _require_contents(base, planned)
     if args.dry_run:
         entries = entries_of(folder, planned, args.accept_changed_data)
@@ -179,23 +185,38 @@ def _run_submit(args: argparse.Namespace) -> int:
         log.info("nothing to train")
         return 0
     if args.slurm is not None:
-        script = submit.render_array(
-            folder, spec.name, wanted, spec.processes, args.slurm, args.option, args.dependency, write=not args.dry_run
-        )
-        if args.dry_run:
-            print(script.text, end="")
-            return 0
-        log.info("%d cells are SLURM array %s, %d at a time", len(wanted), submit.submit_array(script.path), args.slurm)
-        return 0
+        return _submit_array(args, spec, folder, wanted)
     if args.dry_run:
         print("\n".join(wanted))
         return 0
-    outcome = submit.run_local(folder, wanted, spec.processes, args.local or 1, attempts, args.minutes)
+    outcome = run_local(folder, wanted, spec.processes, args.local or 1, attempts, args.minutes)
     log.info(
         "%d finished, %d stopped, %d given up, %d refused",
         len(outcome.finished), len(outcome.stopped), len(outcome.gave_up), len(outcome.refused),
     )  # fmt: skip
     return 1 if outcome.gave_up or outcome.refused else 0
+
+
+def _submit_array(args: argparse.Namespace, spec: SweepSpec, folder: Path, wanted: list[str]) -> int:
+    from hmar_mega.launchers import limits
+    from hmar_mega.launchers.prepare import MAX_RESTARTS
+    from hmar_mega.scaling import array
+    from hmar_mega.scaling.plan import cell_cluster
+
+    cluster = cell_cluster(args.cluster or spec.cluster, spec.processes)
+    job = array.array_job(
+        folder, cluster, spec.name, args.time or cluster.launch.time, args.partition or cluster.launch.partition,
+        args.max_restarts or MAX_RESTARTS, len(wanted), args.slurm, args.dependency, args.option or (),
+    )  # fmt: skip
+    limits.check(job, args.dry_run)
+    if args.dry_run:
+        print(array.render(job), end="")
+        return 0
+    number = array.submit(job, wanted, sys.argv)
+    log.info(
+        "%d cells are SLURM array %s, %d at a time; hmar-mega sweep status %s", len(wanted), number, args.slurm, folder
+    )
+    return 0
 
 
 def _require_contents(base: Config, planned: list[PlannedCell]) -> None:
@@ -211,8 +232,8 @@ def _require_contents(base: Config, planned: list[PlannedCell]) -> None:
 
 def _to_train(folder: Path, entries: list[dict[str, Any]], max_attempts: int) -> list[str]:
     """Cells to start, after a line for each that is not begun for the first time."""
+    from hmar_mega.scaling.array import queued_cells
     from hmar_mega.scaling.state import state_of
-    from hmar_mega.scaling.submit import queued_cells
 
     queued, wanted = queued_cells(folder), []
     counts: dict[str, int] = {}
@@ -249,8 +270,8 @@ def _run_status(args: argparse.Namespace) -> int:
 
     from rich.table import Table
 
+    from hmar_mega.scaling.array import queued_cells
     from hmar_mega.scaling.state import state_of, sweep_file
-    from hmar_mega.scaling.submit import queued_cells
 
     folder = _folder(args.sweep)
     tree, queued = sweep_file(folder), queued_cells(folder)

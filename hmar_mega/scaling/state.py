@@ -1,7 +1,7 @@
 """A sweep's folder: entering cells into it, refusing changed ones, and where every cell stands.
 
 DIR/sweep.json   the cells in their order with what they need, and the configuration they start from
-DIR/arrays/      SLURM arrays: script, cells by task, job number
+DIR/arrays/001/  of a SLURM array: script, cells by task, job numbers
 
 and what `record.py` says of cells and results.
 """

@@ -1,5 +1,5 @@
 # What a job script does around the training: notes for `hmar-mega status`, signals, node checks, restarts.
-# The script sets run_dir, launch_dir, max_restarts, python, container and srun_options first.
+# The script sets run_dir, launch_dir, scripts, max_restarts, python, container and srun_options first.
 
 # note EVENT [KEY VALUE]…: one line of events.jsonl.
 note() {
@@ -21,7 +21,7 @@ begin() {
     echo "$attempt" >"$launch_dir/restarts"
   fi
   statuses=$launch_dir/statuses/$SLURM_JOB_ID-$attempt
-  export launch_dir attempt statuses
+  export launch_dir scripts attempt statuses
   mkdir -p "$statuses" "$launch_dir/logs" "$launch_dir/health" || exit 2
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   ends=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p')
@@ -74,7 +74,7 @@ check_nodes() {
   if [ -n "$collective" ]; then
     MASTER_ADDR=$(address_of "${nodes[0]}") MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) statuses= timeout 300 \
       srun "${srun_options[@]}" --kill-on-bad-exit=0 --wait=60 \
-      bash "$launch_dir/task.sh" "${container[@]}" "$python" -m hmar_mega.launchers.collective "$reports" \
+      bash "$scripts/task.sh" "${container[@]}" "$python" -m hmar_mega.launchers.collective "$reports" \
       --min-gb-per-s "$collective"
   fi
   for node in "${nodes[@]}"; do
@@ -170,7 +170,9 @@ next_job() {
   count_restart "$1"
   excluded=$(exclude)
   next=$(sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" ${excluded:+--exclude="$excluded"} \
-    "$launch_dir/job.sbatch") || stop failed "sbatch refuses the next job ($1)" 1
+    ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} "$scripts/job.sbatch") ||
+    stop failed "sbatch refuses the next job ($1)" 1
+  [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || echo "$next" >>"$scripts/jobs"    # a sweep counts its cells as queued by it
   note chained reason "$1" next "$next"
   exit 0
 }

@@ -1,10 +1,10 @@
 #!/bin/bash
 # One training process of a job: where it stands among the others, its log, and its exit status noted.
-# srun or torchrun starts it as `task.sh PROGRAM ARGUMENTS`; $launch_dir, $attempt come from the job script.
+# srun or torchrun starts it as `task.sh PROGRAM ARGUMENTS`; $scripts, $launch_dir, $attempt come from the job script.
 
 export RANK=${RANK:-$SLURM_PROCID} WORLD_SIZE=${WORLD_SIZE:-$SLURM_NTASKS} LOCAL_RANK=${LOCAL_RANK:-$SLURM_LOCALID}
 
-. "$launch_dir/await.sh"
+. "$scripts/await.sh"
 exec >>"$launch_dir/logs/$SLURM_JOB_ID-$attempt-$SLURMD_NODENAME.log" 2>&1
 echo "rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME, local rank $LOCAL_RANK: $*"
 

@@ -12,9 +12,10 @@ import yaml
 from hmar_mega.cli import main
 from hmar_mega.errors import UserError
 from hmar_mega.launchers import health, limits
+from hmar_mega.launchers.job import Job
 from hmar_mega.launchers.limits import Limits, check_job, check_shared, parse_sinfo
 from hmar_mega.launchers.prepare import templates
-from hmar_mega.launchers.slurm import Job, job_files, render, submit
+from hmar_mega.launchers.slurm import job_files, render, run_job, submit
 from hmar_mega.planning.cluster import Cluster, load_cluster, packaged_clusters
 from hmar_mega.planning.launch_settings import seconds_of
 
@@ -31,7 +32,7 @@ def cluster_of(device: str = "cuda", **launch: object) -> Cluster:
 
 def job_of(cluster: Cluster, run: Path = Path("/shared/runs/d16"), **given: object) -> Job:
     named = {"name": "d16", "time": "12:00:00", "partition": None, "max_restarts": 7, **given}
-    return Job(run, cluster, **named)  # type: ignore[arg-type]
+    return run_job(run, cluster, **named)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

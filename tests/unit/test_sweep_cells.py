@@ -7,13 +7,15 @@ import os
 import re
 import signal
 import stat
+import subprocess
 
 import pytest
 from sweeps import enter, finish, validation, write_data, write_spec
 
 from hmar_mega.cli import main
 from hmar_mega.errors import UserError
-from hmar_mega.scaling import attempt, record, state, submit
+from hmar_mega.planning.cluster import load_cluster
+from hmar_mega.scaling import array, attempt, local, record, state
 
 
 def test_states_and_reasons_follow_from_what_attempts_left(tmp_path, capsys):
@@ -152,9 +154,9 @@ mkdir -p "$5/results"
 echo '{{"cell": "'"$6"'", "values": {{"loss/all": 2.5}}}}' > "$5/results/$6.json"
 """)
     stand_in.chmod(stat.S_IRWXU)
-    monkeypatch.setattr(submit.sys, "executable", str(stand_in))
-    monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
-    outcome = submit.run_local(folder, names, 1, concurrency=2, max_attempts=2)
+    monkeypatch.setattr(local.sys, "executable", str(stand_in))
+    monkeypatch.setattr(local, "POLL_SECONDS", 0.01)
+    outcome = local.run_local(folder, names, 1, concurrency=2, max_attempts=2)
     assert outcome.gave_up == [names[0]]
     assert set(outcome.finished) == set(names[1:])
     assert [record.count_attempts(record.cell_folder(folder, n)) for n in names] == [2, 2, 1, 1, 1]
@@ -162,20 +164,52 @@ echo '{{"cell": "'"$6"'", "values": {{"loss/all": 2.5}}}}' > "$5/results/$6.json
 
 def test_an_array_has_a_task_a_cell_and_what_slurm_still_holds_is_not_submitted_again(tmp_path, monkeypatch, capsys):
     names, path, folder = enter(write_spec(tmp_path)), tmp_path / "SWEEP.yaml", tmp_path / "sweep"
-    assert main(["sweep", "submit", str(path), "--slurm", "2", "--option=--partition=gpu", "--dry-run"]) == 0
+    command = ["sweep", "submit", str(path), "--slurm", "2", "--time", "2:00:00"]
+    assert main([*command, "--partition=gpu", "--option=--exclusive", "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "#SBATCH --array=0-4%2\n" in shown
-    assert "#SBATCH --partition=gpu\n" in shown
-    assert re.findall(r"@[A-Z]+@", shown) == []
+    for option in ("--array=0-4%2", "--partition=gpu", "--exclusive", "--time=2:00:00", "--ntasks-per-node=1"):
+        assert f"#SBATCH {option}\n" in shown
+    assert re.findall(r"@\w+@", shown.split("hmar_mega sweep run")[0].replace("between @ signs", "")) == []
+    done = subprocess.run(["bash", "-n"], input=shown, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (folder / "arrays").exists()
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, text in (("sbatch", "echo 77"), ("squeue", "echo '77 1'; echo '77 3'; echo '9 0'")):
+    for name, text in (("sbatch", "echo 77"), ("squeue", "echo '77 1'; echo '77 3'; echo '9 0'"), ("sinfo", "exit 1")):
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
-    assert main(["sweep", "submit", str(path), "--slurm", "2", "--dependency", "afterok:5"]) == 0
-    assert "#SBATCH --dependency=afterok:5\n" in (folder / "arrays" / "001.sbatch").read_text()
-    assert (folder / "arrays" / "001.cells").read_text().split() == names
-    assert submit.queued_cells(folder) == {names[1], names[3]}
-    assert main(["sweep", "submit", str(path), "--slurm", "2", "--option=--exclusive"]) == 0
-    assert (folder / "arrays" / "002.cells").read_text().split() == [names[0], names[2], names[4]]
+    assert main([*command, "--dependency", "afterok:5"]) == 0
+    first = folder / "arrays" / "001"
+    assert "#SBATCH --dependency=afterok:5\n" in (first / "job.sbatch").read_text()
+    assert (first / "cells").read_text().split() == names
+    for name in ("revision.txt", "command.txt", "job.sh", "task.sh", "await.sh"):
+        assert (first / name).read_text().strip()
+    assert array.queued_cells(folder) == {names[1], names[3]}
+    assert main(command) == 0
+    assert (folder / "arrays" / "002" / "cells").read_text().split() == [names[0], names[2], names[4]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--time", "1:00:00"], "--time would do nothing"),
+        (["--slurm", "2", "--minutes", "3"], "--minutes would do nothing"),
+        (["--slurm", "2", "--time", "soon"], "--time: 'soon' is not a time of SLURM"),
+        (["--slurm", "2", "--time", "4"], "--time 4 leaves no time to train"),
+        (["--slurm", "2", "--cluster", "nowhere"], "no cluster 'nowhere'"),
+        (["--slurm", "2"], "there is no sbatch here"),
+    ],
+)
+def test_an_array_is_checked_as_a_launched_run_is(tmp_path, monkeypatch, capsys, arguments, words):
+    enter(write_spec(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["sweep", "submit", str(tmp_path / "SWEEP.yaml"), *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "sweep" / "arrays").exists()
+
+
+def test_a_cell_of_several_nodes_is_no_task_of_an_array(tmp_path):
+    cluster = load_cluster("h100-8x8")
+    with pytest.raises(UserError, match="a cell of 64 processes needs 8 nodes, and a task of an array has one"):
+        array.array_job(tmp_path, cluster, "s", "1:00:00", None, max_restarts=3, cells=1, concurrency=1)

@@ -1,22 +1,18 @@
-"""Running cells: local processes side by side, and SLURM arrays; both start `hmar-mega sweep run DIR CELL`."""
+"""Cells as processes of this machine, side by side, each `hmar-mega sweep run DIR CELL`."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 
 from hmar_mega.errors import UserError
-from hmar_mega.files import write_atomic
 from hmar_mega.interrupts import REQUEUE_STATUS
 from hmar_mega.scaling import state
 from hmar_mega.scaling.attempt import handling
@@ -128,76 +124,3 @@ def _devices(concurrency: int, processes: int) -> list[str | None]:
         log.warning("%d cells at a time of %d GPUs each share the %d there are", concurrency, processes, count)
     places = count // processes
     return [",".join(str((slot % places) * processes + i) for i in range(processes)) for slot in range(concurrency)]
-
-
-@dataclass(frozen=True)
-class Script:
-    """An sbatch script and where it is, or would be."""
-
-    path: Path
-    text: str
-
-
-def render_array(
-    folder: Path, name: str, names: Sequence[str], processes: int, concurrency: int, options: Sequence[str] = (),
-    dependency: str | None = None, write: bool = True,
-) -> Script:  # fmt: skip
-    """The sbatch script of an array with one task a cell, written beside the list of its cells.
-
-    Args:
-        options: further `#SBATCH` lines, such as `--partition=gpu`.
-        dependency: as sbatch takes it, such as `afterok:123`.
-        write: False only says what would be written.
-    """
-    arrays = folder / "arrays"
-    number = len(list(arrays.glob("*.cells"))) + 1
-    listed = arrays / f"{number:03d}.cells"
-    lines = [*options, *([f"--dependency={dependency}"] if dependency else [])]
-    values = {
-        "NAME": name, "LAST": str(len(names) - 1), "LIMIT": str(concurrency), "GPUS": str(processes),
-        "OUTPUT": str((arrays / f"{number:03d}-%a.out").resolve()), "CELLS": str(listed.resolve()),
-        "FOLDER": str(folder.resolve()), "PYTHON": sys.executable,
-        "OPTIONS": "\n".join(f"#SBATCH {line}" for line in lines),
-    }  # fmt: skip
-    template = resources.files("hmar_mega.launchers").joinpath("sweep_array.sbatch").read_text(encoding="utf-8")
-    script = Script(arrays / f"{number:03d}.sbatch", re.sub(r"@([A-Z]+)@", lambda match: values[match[1]], template))
-    if write:
-        write_atomic(listed, "".join(f"{cell}\n" for cell in names))
-        write_atomic(script.path, script.text)
-    return script
-
-
-def submit_array(script: Path) -> str:
-    """Give an array to SLURM; returns and records its job number.
-
-    Raises:
-        UserError: when there is no sbatch, or it refuses.
-    """
-    if shutil.which("sbatch") is None:
-        raise UserError(f"sbatch is not on this machine; the script is {script}: submit it where SLURM is, or --local")
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"sbatch refused {script}: {done.stderr.strip()}")
-    job = done.stdout.strip().split(";")[0]
-    write_atomic(script.with_suffix(".job"), job + "\n")
-    return job
-
-
-def queued_cells(folder: Path) -> frozenset[str]:
-    """Cells whose tasks SLURM still has, by squeue; none where there are no arrays."""
-    jobs = {path.read_text().strip(): path.with_suffix(".cells") for path in sorted((folder / "arrays").glob("*.job"))}
-    if not jobs:
-        return frozenset()
-    if shutil.which("squeue") is None:
-        log.warning("squeue is not on this machine: queued cells of arrays %s look new", ", ".join(jobs))
-        return frozenset()
-    command = ["squeue", "--noheader", "--array", "--format=%F %K", "--me"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"squeue failed, so cells might be submitted twice: {done.stderr.strip()}")
-    found = set()
-    for line in done.stdout.splitlines():
-        job, _, task = line.strip().partition(" ")
-        if job in jobs and task.isdecimal():
-            found.add(jobs[job].read_text().split()[int(task)])
-    return frozenset(found)
