@@ -93,8 +93,7 @@ def directives(job: Job) -> list[str]:
         f"--output={job.log}",
         "--open-mode=append",
         f"--chdir={Path.cwd()}",
-        "--requeue",
-        "--no-kill",  # a node that dies must not take the script along that decides what follows
+        "--requeue",  # without --no-kill: a job whose script lost its node would stay, with nothing running in it
         f"--signal=B:USR1@{launch.signal_seconds}",
     ]
     named = {"partition": job.partition, "account": launch.account, "qos": launch.qos, "mem": launch.memory}

@@ -62,6 +62,21 @@ def cluster_file(folder: Path, **environment: str) -> Path:
     return path
 
 
+def start_soon(slurm: Loopback, job: str) -> None:
+    """SLURM lets a job that was requeued wait for two minutes: not here."""
+    wait_until(lambda: f"{job} PENDING BeginTime" in slurm.call("squeue", "-h", "-o", "%A %T %r"))
+    # not at once: in the second of the requeue the job's credential counts as revoked, which ends the job
+    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now+3seconds")
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until a condition holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come true in time"
+        time.sleep(0.1)
+
+
 class LaunchedRun:
     """A run that `hmar-mega launch` started on the cluster, and ways to look at it."""
 
@@ -98,19 +113,9 @@ class LaunchedRun:
         self.wait(" or ".join(kinds), lambda: any(event.kind in kinds for event in read_events(self.folder)))
 
     def hasten(self) -> None:
-        """Wait for the second start; SLURM lets a job that was requeued on request wait for two minutes: not here."""
-
-        hastened = False
-
-        def restarted() -> bool:
-            nonlocal hastened
-            if not hastened and "PENDING BeginTime" in self.slurm.call("squeue", "-h", "-o", "%T %r"):
-                # not at once: in the second of the requeue the job's credential counts as revoked, which ends the job
-                self.slurm.call("scontrol", "update", f"JobId={self.job}", "StartTime=now+3seconds")
-                hastened = True
-            return self.events().count("started") == 2
-
-        self.wait("second start", restarted)
+        """Wait for the second start."""
+        start_soon(self.slurm, self.job)
+        self.wait("second start", lambda: self.events().count("started") == 2)
 
     def events(self) -> list[str]:
         return [event.kind for event in read_events(self.folder)]
@@ -148,6 +153,76 @@ def test_a_node_that_is_unfit_is_left_out_before_training(slurm: Loopback, tmp_p
     assert [event.kind for event in events] == ["started", "bad_node", "requeued"]
     assert (events[1].about["node"], events[1].about["reason"]) == ("node3", "processes cannot talk")
     slurm.call("scancel", job)
+
+
+#: `python` of jobs whose script alone is tried: the first attempt trains until it is told to stop, later ones finish.
+STAND_IN = """#!/bin/bash
+run=$(dirname "$(dirname "$4")")    # python -m hmar_mega train RUN/launch/config.yaml
+if ((attempt)); then
+  mkdir -p "$run/checkpoints/step-1"
+  echo '{"finished": true}' >"$run/checkpoints/step-1/state.json"
+  echo step-1 >"$run/checkpoints/latest"
+  exit 0
+fi
+trap 'exit 0' TERM
+echo "step 1"
+while sleep 0.1; do :; done
+"""
+
+
+def launch_stand_in(slurm: Loopback, folder: Path, nodes: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Launch STAND_IN on so many nodes; its run directory once it works."""
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    programs = folder / "venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "activate").touch()
+    (programs / "python").write_text(STAND_IN)
+    (programs / "python").chmod(0o755)
+    described = folder / "cluster.yaml"
+    settings = {"shared_folder": str(folder), "virtualenv": str(folder / "venv"), "health": {"enabled": False}}
+    described.write_text(yaml.safe_dump({**CLUSTER, "nodes": nodes, "gpus_per_node": 1, "launch": settings}))
+    settings_of_run = ("parallel.tensor_parallel=1", f"run.dir={folder / 'run'}")
+    assert main(["launch", "demo", "--cluster", str(described), "--time", "30", *settings_of_run]) == 0
+    logs = folder / "run" / "launch" / "logs"
+    wait_until(lambda: sum("step 1" in path.read_text() for path in logs.glob("*-0-*.log")) == nodes)
+    return folder / "run"
+
+
+def last_event(run: Path) -> str:
+    """What happened last to the jobs of a run."""
+    return read_events(run)[-1].kind
+
+
+def test_a_job_that_stops_with_steps_left_is_followed_by_another(
+    slurm: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a time limit that no signal preceded: the processes are told to end, and save."""
+    run = launch_stand_in(slurm, tmp_path, 1, monkeypatch)
+    first = read_events(run)[0].job
+    slurm.call("scancel", "--signal=TERM", first)
+    wait_until(lambda: last_event(run) == "completed")
+    events = read_events(run)
+    assert [event.kind for event in events] == ["submitted", "started", "chained", "started", "completed"]
+    assert events[2].about["next"] == events[3].job != first
+    assert (events[3].attempt, (run / "launch" / "restarts").read_text()) == (1, "1\n")
+
+
+def test_a_job_survives_the_node_that_its_script_runs_on(
+    slurm: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = launch_stand_in(slurm, tmp_path, 2, monkeypatch)
+    lost = read_events(run)[-1].about["nodes"].split()[0]
+    slurm.kill_node(lost)
+    slurm.call("scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=power")  # SLURM notices after 30 s
+    start_soon(slurm, read_events(run)[0].job)
+    wait_until(lambda: last_event(run) == "completed")
+    events = read_events(run)
+    assert [event.kind for event in events] == ["submitted", "started", "started", "completed"]
+    assert events[2].job == events[1].job
+    assert lost not in events[2].about["nodes"].split()
+    assert events[2].attempt == 1
+    slurm.start_node(lost)
+    slurm.wait_for_idle(4)
 
 
 def test_a_preempted_job_is_requeued_and_ends_with_the_very_weights(

@@ -75,7 +75,7 @@ def test_the_script_asks_for_a_task_a_gpu_and_an_early_signal() -> None:
     directives = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")}
     assert directives >= {
         "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=12:00:00", "--signal=B:USR1@200", "--requeue",
-        "--no-kill", "--open-mode=append", "--partition=h100", "--account=images", "--qos=long", "--cpus-per-task=12",
+        "--open-mode=append", "--partition=h100", "--account=images", "--qos=long", "--cpus-per-task=12",
         "--output=/shared/runs/d16/launch/logs/job-%j.log",
     }  # fmt: skip
     assert "max_restarts=7\n" in text
