@@ -32,6 +32,7 @@ class Job:
         log: what the script itself prints, with SLURM's patterns.
         tasks_per_node: that srun starts.
         options: of sbatch, after those of the cluster.
+        tasks: of an array, at a time.
 
     Raises:
         UserError: when the time is none.
@@ -47,12 +48,18 @@ class Job:
     log: Path
     tasks_per_node: int
     options: tuple[str, ...] = ()
+    tasks: int = 1
 
     def __post_init__(self) -> None:
         try:
             seconds_of(self.time)
         except ValueError as err:
             raise UserError(f"--time: {err}") from None
+
+    @property
+    def nodes(self) -> int:
+        """On which it may run at the same time."""
+        return self.cluster.nodes * self.tasks
 
 
 def fill(template: str, job: Job, values: Mapping[str, str]) -> str:

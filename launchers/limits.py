@@ -40,7 +40,7 @@ def check(job: Job, dry_run: bool) -> None:
     check_job(job, ask_slurm())
     if not dry_run:
         require_sbatch()
-        check_shared(job.folder, job.cluster.launch.shared_folder, job.cluster.nodes)
+        check_shared(job.folder, job.cluster.launch.shared_folder, job.nodes)
 
 
 def require_sbatch() -> None:
@@ -157,8 +157,9 @@ def check_shared(folder: Path, shared_folder: str | None, nodes: int) -> None:
     kind = file_system(folder)
     if nodes > 1 and kind in LOCAL_FILE_SYSTEMS:
         raise UserError(
-            f"{folder} lies on {kind}, a file system of this machine, and the job has {nodes} nodes; choose a folder "
-            "that all nodes share (run.dir), or name the shared one as launch.shared_folder in the cluster file"
+            f"{folder} lies on {kind}, a file system of this machine, and up to {nodes} nodes write there; choose a "
+            "folder that all nodes share (run.dir; dir of a sweep), or name the shared one as launch.shared_folder in "
+            "the cluster file"
         )
 
 

@@ -48,7 +48,7 @@ def array_job(
     array = [f"--array=0-{cells - 1}%{concurrency}", *([f"--dependency={dependency}"] if dependency else [])]
     return Job(
         folder, cluster, name, time, partition, max_restarts, scripts, scripts / "task-%a.log", tasks_per_node=1,
-        options=(*array, *options),
+        options=(*array, *options), tasks=min(cells, concurrency),
     )  # fmt: skip
 
 

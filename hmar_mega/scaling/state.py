@@ -19,6 +19,7 @@ from hmar_mega.config import Config
 from hmar_mega.config_io import config_to_yaml
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
+from hmar_mega.launchers.events import read_events
 from hmar_mega.metrics import read_metrics
 from hmar_mega.scaling import record
 from hmar_mega.scaling.contents import CONTENTS
@@ -204,7 +205,7 @@ def state_of(
     elif name in queued:
         state = "queued"
     elif not attempts:
-        state = "new"
+        state, reason = "new", _unfit_job(path / "run")
     elif last == "refused":
         state, reason = "refused", attempts[-1]["reason"]
     elif last in ("stopped", "finished"):  # finished, and its result was taken away: it only has to be written again
@@ -218,6 +219,14 @@ def state_of(
         state = "failed" if failed < max_attempts else "gave up"
     step, loss = _progress(path / "run")
     return CellState(name, state, failed, reason, step, entry["steps"], loss)
+
+
+def _unfit_job(run: Path) -> str:
+    """Why a job of a cell ended before it could try, as where no node was fit; empty where none did."""
+    events = read_events(run)
+    if not events or events[-1].kind != "failed":
+        return ""
+    return f"its job {events[-1].job} ended: {events[-1].about.get('reason', '')}"
 
 
 def _progress(run: Path) -> tuple[int, float | None]:

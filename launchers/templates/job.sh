@@ -30,6 +30,7 @@ begin() {
   trap on_usr1 USR1
   trap on_term TERM
   note started nodes "${nodes[*]}"
+  ((attempt <= max_restarts)) || stop failed "all $max_restarts restarts are used (--max-restarts)" 1
 }
 
 # address_of NODE: its name where that can be looked up, else the address that SLURM has.

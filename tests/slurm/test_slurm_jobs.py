@@ -170,7 +170,7 @@ while sleep 0.1; do :; done
 """
 
 
-def launch_stand_in(slurm: Loopback, folder: Path, nodes: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+def launch_stand_in(slurm: Loopback, folder: Path, nodes: int, monkeypatch: pytest.MonkeyPatch, *options: str) -> Path:
     """Launch STAND_IN on so many nodes; its run directory once it works."""
     monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
     programs = folder / "venv" / "bin"
@@ -182,7 +182,7 @@ def launch_stand_in(slurm: Loopback, folder: Path, nodes: int, monkeypatch: pyte
     settings = {"shared_folder": str(folder), "virtualenv": str(folder / "venv"), "health": {"enabled": False}}
     described.write_text(yaml.safe_dump({**CLUSTER, "nodes": nodes, "gpus_per_node": 1, "launch": settings}))
     settings_of_run = ("parallel.tensor_parallel=1", f"run.dir={folder / 'run'}")
-    assert main(["launch", "demo", "--cluster", str(described), "--time", "30", *settings_of_run]) == 0
+    assert main(["launch", "demo", "--cluster", str(described), "--time", "30", *options, *settings_of_run]) == 0
     logs = folder / "run" / "launch" / "logs"
     wait_until(lambda: sum("step 1" in path.read_text() for path in logs.glob("*-0-*.log")) == nodes)
     return folder / "run"
@@ -205,6 +205,15 @@ def test_a_job_that_stops_with_steps_left_is_followed_by_another(
     assert [event.kind for event in events] == ["submitted", "started", "chained", "started", "completed"]
     assert events[2].about["next"] == events[3].job != first
     assert (events[3].attempt, (run / "launch" / "restarts").read_text()) == (1, "1\n")
+
+
+def test_a_job_that_has_used_its_restarts_ends(
+    slurm: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = launch_stand_in(slurm, tmp_path, 1, monkeypatch, "--max-restarts", "0")
+    slurm.call("scancel", "--signal=TERM", read_events(run)[0].job)
+    wait_until(lambda: last_event(run) == "failed")
+    assert "all 0 restarts are used (--max-restarts)" in read_events(run)[-1].about["reason"]
 
 
 def test_a_job_survives_the_node_that_its_script_runs_on(

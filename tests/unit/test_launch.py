@@ -171,7 +171,7 @@ def test_a_run_directory_that_nodes_do_not_share_is_refused(monkeypatch: pytest.
         check_shared(tmp_path, "/shared", 1)
     check_shared(tmp_path, str(tmp_path.parent), 4)
     monkeypatch.setattr(limits, "file_system", lambda path: "ext4")
-    with pytest.raises(UserError, match="lies on ext4, a file system of this machine, and the job has 2 nodes"):
+    with pytest.raises(UserError, match="lies on ext4, a file system of this machine, and up to 2 nodes write there"):
         check_shared(tmp_path, None, 2)
     check_shared(tmp_path, None, 1)
     monkeypatch.setattr(limits, "file_system", lambda path: "lustre")

@@ -14,6 +14,8 @@ from sweeps import enter, finish, validation, write_data, write_spec
 
 from hmar_mega.cli import main
 from hmar_mega.errors import UserError
+from hmar_mega.launchers import limits
+from hmar_mega.launchers.events import add_event
 from hmar_mega.planning.cluster import load_cluster
 from hmar_mega.scaling import array, attempt, local, record, state
 
@@ -207,6 +209,23 @@ def test_an_array_is_checked_as_a_launched_run_is(tmp_path, monkeypatch, capsys,
     assert main(["sweep", "submit", str(tmp_path / "SWEEP.yaml"), *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "sweep" / "arrays").exists()
+
+
+def test_the_tasks_of_an_array_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "file_system", lambda path: "ext4")
+    monkeypatch.setattr(limits, "require_sbatch", lambda: None)
+    job = array.array_job(tmp_path, load_cluster("h100"), "s", "1:00:00", None, max_restarts=3, cells=6, concurrency=4)
+    with pytest.raises(UserError, match="lies on ext4, a file system of this machine, and up to 4 nodes write there"):
+        limits.check(job, dry_run=False)
+
+
+def test_a_cell_whose_job_ended_before_it_could_try_says_why(tmp_path):
+    name, folder = enter(write_spec(tmp_path))[0], tmp_path / "sweep"
+    (record.cell_folder(folder, name) / "run" / "launch").mkdir(parents=True)
+    add_event(record.cell_folder(folder, name) / "run", "failed", "7", reason="all nodes are unfit; see health")
+    (entry,) = [entry for entry in state.read_sweep(folder) if entry["cell"] == name]
+    found = state.state_of(folder, entry, 3)
+    assert (found.state, found.reason) == ("new", "its job 7 ended: all nodes are unfit; see health")
 
 
 def test_a_cell_of_several_nodes_is_no_task_of_an_array(tmp_path):
