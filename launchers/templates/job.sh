@@ -96,20 +96,25 @@ check_nodes() {
 
 # decide: what the exit statuses of the processes mean for the job.
 decide() {
-  local all counted
+  local all
   all=$(cat "$statuses"/* 2>/dev/null)
   has() { grep -qx "$1" <<<"$all"; }
   echo "hmar-mega: srun ended with $step_status, the processes with $(sort <<<"$all" | uniq -c | tr -s ' \n' ' ')"
   if finished; then stop completed "" 0; fi
+  mapfile -t lost < <(lost_nodes)
   if [ -n "$terminated" ]; then
+    if ((${#lost[@]})); then    # SLURM ends and requeues a job that lost a node; one that was cancelled too will not start
+      note requeued reason "lost ${lost[*]}" excluded "$(exclude "${lost[@]}")"
+      exit 0
+    fi
     # near the limit it was the limit
     if ((ends > 0 && $(date +%s) >= ends - 5)); then next_job "time limit"; fi
     stop cancelled "saved and stopped as asked" 0
   fi
   if has 2; then stop failed "bad input" 2; fi
   if has 1; then stop failed "training failed" 1; fi
-  if has 75; then requeue preempted "asked to save and start again"; fi
-  mapfile -t lost < <(lost_nodes)
+  # 138: one of the signals that ask for it came where the program did not handle them, before or after it trained
+  if has 75 || { [ -n "$preempted" ] && has 138; }; then requeue preempted "asked to save and start again"; fi
   if has 76 || ((${#lost[@]})); then requeue requeued "lost ${lost[*]:-a process}" "${lost[@]}"; fi
   if ((step_status == 0)); then next_job "stopped with steps left"; fi
   stop failed "processes were killed (srun: $step_status)" "$step_status"

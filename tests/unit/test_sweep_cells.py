@@ -181,6 +181,7 @@ def test_an_array_has_a_task_a_cell_and_what_slurm_still_holds_is_not_submitted_
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(limits, "file_system", lambda path: "lustre")
     assert main([*command, "--dependency", "afterok:5"]) == 0
     first = folder / "arrays" / "001"
     assert "#SBATCH --dependency=afterok:5\n" in (first / "job.sbatch").read_text()
