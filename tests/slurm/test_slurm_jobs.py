@@ -304,6 +304,8 @@ def test_an_array_trains_a_sweep_and_tries_the_cell_that_failed_once_more(
     reason = "disk: OSError: [Errno 28] No space left on device"
     logs = "".join(path.read_text() for path in (tmp_path / "sweep" / "arrays" / "001").glob("task-*.log"))
     assert states() == {cell: ("failed", reason) if cell == bad else ("finished", "") for cell in cells}, logs
+    (row,) = json.loads(slurm_status(capsys, str(tmp_path / "sweep" / "cells" / bad / "run")))
+    assert (row["state"], "No space left on device" in row["reason"]) == ("failed", True)
     full.unlink()
     assert submitted("002") == [bad]
     assert set(states().values()) == {("finished", "")}
