@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmar_mega.errors import UserError
-from hmar_mega.launchers.prepare import MAX_RESTARTS
+from hmar_mega.launchers.prepare import CELL_RUN, MAX_RESTARTS
 from hmar_mega.parsers import add_command, add_config_arguments
 
 if TYPE_CHECKING:
@@ -209,7 +209,9 @@ def table_of(rows: list[RunStatus]) -> Table:
         left = "" if row.seconds_left is None else duration(row.seconds_left)
         state = f"[{COLOURS.get(row.state, 'white')}]{row.state}[/]"
         reason = row.reason.replace("[", r"\[")
-        table.add_row(Path(row.run).name, state, step, left, row.job, row.nodes, str(row.restarts), reason)
+        run = Path(row.run)
+        name = run.parent.name if run.name == CELL_RUN else run.name
+        table.add_row(name, state, step, left, row.job, row.nodes, str(row.restarts), reason)
     return table
 
 

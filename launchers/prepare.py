@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: Of a run directory: what `hmar-mega launch` writes and its jobs add to.
 LAUNCH_FOLDER = "launch"
 
+#: Run directory of a sweep's cell, in the cell's folder, which has the name.
+CELL_RUN = "run"
+
 #: Of the launch folder.
 CONFIG_FILE, JOB_FILE, EVENTS_FILE = "config.yaml", "job.sbatch", "events.jsonl"
 

@@ -68,7 +68,7 @@ def submit(job: Job, cells: Sequence[str], command: Sequence[str]) -> str:
     listed = "".join(f"{cell}\n" for cell in cells)
     prepare_scripts(job.scripts, {**with_network(job, render(job)), CELLS_FILE: listed}, command)
     for cell in cells:  # who submits by hand starts counting afresh
-        (record.cell_folder(job.folder, cell) / "run" / LAUNCH_FOLDER / "restarts").unlink(missing_ok=True)
+        (record.run_folder(job.folder, cell) / LAUNCH_FOLDER / "restarts").unlink(missing_ok=True)
     number: str = sbatch(job.scripts / JOB_FILE)
     with (job.scripts / JOBS_FILE).open("a") as file:
         file.write(f"{number}\n")

@@ -22,6 +22,7 @@ import yaml
 from hmar_mega.errors import UserError
 from hmar_mega.interrupts import REQUEUE_STATUS
 from hmar_mega.launchers.outcome import checkpoint_state, find_reason, tail
+from hmar_mega.launchers.prepare import CELL_RUN
 from hmar_mega.scaling import record
 from hmar_mega.scaling.contents import CONTENTS, contents_of
 
@@ -57,7 +58,7 @@ def run_cell(folder: Path, name: str, processes: int) -> int:
             return _end(path, number, "refused", REFUSED_STATUS, changed)
         output = path / f"attempt-{number}.log"
         status, asked = _train(path, processes, output)
-        if checkpoint_state(path / "run").get("finished") is True:
+        if checkpoint_state(record.run_folder(folder, name)).get("finished") is True:
             try:
                 _write_result(folder, name)
             except UserError as err:
@@ -80,12 +81,11 @@ def _end(path: Path, number: int, outcome: str, status: int, reason: str) -> int
 
 def _write_result(folder: Path, name: str) -> bool:
     """Write the result of a cell that is trained to its last step, by its checkpoint; whether it is."""
-    path = record.cell_folder(folder, name)
-    found = checkpoint_state(path / "run")
+    found = checkpoint_state(record.run_folder(folder, name))
     if found.get("finished") is not True:
         return False
     record.write_result(folder, name, found["step"])
-    record.record(path, "end", outcome="finished", status=0)
+    record.record(record.cell_folder(folder, name), "end", outcome="finished", status=0)
     return True
 
 
@@ -116,7 +116,7 @@ def _train(path: Path, processes: int, output: Path) -> tuple[int, list[int]]:
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *launcher, "-m", "hmar_mega"]
-    command += ["train", str(path / "config.yaml"), f"run.dir={path / 'run'}"]
+    command += ["train", str(path / "config.yaml"), f"run.dir={path / CELL_RUN}"]
     asked: list[int] = []
     with output.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)

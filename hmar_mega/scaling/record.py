@@ -26,6 +26,7 @@ from typing import Any
 
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
+from hmar_mega.launchers.prepare import CELL_RUN
 from hmar_mega.metrics import read_metrics
 
 CELL_FILE, ATTEMPTS_FILE, LOCK_FILE = "cell.json", "attempts.jsonl", ".attempt.lock"
@@ -34,6 +35,12 @@ CELL_FILE, ATTEMPTS_FILE, LOCK_FILE = "cell.json", "attempts.jsonl", ".attempt.l
 def cell_folder(folder: Path, name: str) -> Path:
     """Of one cell."""
     return folder / "cells" / name
+
+
+def run_folder(folder: Path, name: str) -> Path:
+    """The run directory of one cell."""
+    run: Path = cell_folder(folder, name) / CELL_RUN
+    return run
 
 
 def result_path(folder: Path, name: str) -> Path:
@@ -65,7 +72,7 @@ def write_result(folder: Path, name: str, steps: int) -> None:
     Raises:
         UserError: when there is no validation of that step.
     """
-    run = cell_folder(folder, name) / "run"
+    run = run_folder(folder, name)
     rows = [row for row in read_metrics(run) if row["kind"] == "val" and row["step"] == steps]
     if not rows or "scale_error" not in rows[-1]:
         raise UserError(f"{run}/metrics.jsonl has no validation with errors at its last step, {steps}")

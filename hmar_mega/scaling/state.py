@@ -205,7 +205,7 @@ def state_of(
     elif name in queued:
         state = "queued"
     elif not attempts:
-        state, reason = "new", _unfit_job(path / "run")
+        state, reason = "new", _unfit_job(record.run_folder(folder, name))
     elif last == "refused":
         state, reason = "refused", attempts[-1]["reason"]
     elif last in ("stopped", "finished"):  # finished, and its result was taken away: it only has to be written again
@@ -217,7 +217,7 @@ def state_of(
         if attempts[-1]["event"] == "start":
             reason = "ended without a word: killed, or its machine went down"
         state = "failed" if failed < max_attempts else "gave up"
-    step, loss = _progress(path / "run")
+    step, loss = _progress(record.run_folder(folder, name))
     return CellState(name, state, failed, reason, step, entry["steps"], loss)
 
 
