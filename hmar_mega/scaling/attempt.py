@@ -19,7 +19,6 @@ from types import FrameType
 
 import yaml
 
-from hmar_mega.errors import UserError
 from hmar_mega.interrupts import REQUEUE_STATUS
 from hmar_mega.launchers.outcome import checkpoint_state, find_reason, tail
 from hmar_mega.launchers.prepare import CELL_RUN
@@ -58,17 +57,15 @@ def run_cell(folder: Path, name: str, processes: int) -> int:
             return _end(path, number, "refused", REFUSED_STATUS, changed)
         output = path / f"attempt-{number}.log"
         status, asked = _train(path, processes, output)
-        if checkpoint_state(record.run_folder(folder, name)).get("finished") is True:
-            try:
-                _write_result(folder, name)
-            except UserError as err:
-                return _end(path, number, "failed", status, str(err))
+        if _write_result(folder, name):
             return 0
         if asked and status in (0, REQUEUE_STATUS, 1, -signal.SIGTERM):  # torchrun reports any status but 0 as 1
             record.record(path, "end", outcome="stopped", status=status)
             return REQUEUE_STATUS if signal.SIGUSR1 in asked else 0
         text = tail(output)
         refused = status == REFUSED_STATUS or (processes > 1 and _TORCHRUN_REFUSED.search(text) is not None)
+        if status == 0 and checkpoint_state(record.run_folder(folder, name)).get("finished") is True:
+            return _end(path, number, "failed", status, "trained to its last step, which has no validation with errors")
         return _end(path, number, "refused" if refused else "failed", status, failure_reason(status, output))
 
 
@@ -80,11 +77,10 @@ def _end(path: Path, number: int, outcome: str, status: int, reason: str) -> int
 
 
 def _write_result(folder: Path, name: str) -> bool:
-    """Write the result of a cell that is trained to its last step, by its checkpoint; whether it is."""
+    """Write the result of a cell that is trained to its last step, by its checkpoint, and validated; whether it is."""
     found = checkpoint_state(record.run_folder(folder, name))
-    if found.get("finished") is not True:
+    if found.get("finished") is not True or not record.write_result(folder, name, found["step"]):
         return False
-    record.write_result(folder, name, found["step"])
     record.record(record.cell_folder(folder, name), "end", outcome="finished", status=0)
     return True
 

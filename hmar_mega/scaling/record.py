@@ -66,16 +66,13 @@ def read_result(folder: Path, name: str) -> dict[str, Any] | None:
     return result
 
 
-def write_result(folder: Path, name: str, steps: int) -> None:
-    """Write what a finished run measured at its last step.
-
-    Raises:
-        UserError: when there is no validation of that step.
-    """
+def write_result(folder: Path, name: str, steps: int) -> bool:
+    """Write what a run measured at its last step; whether it was validated there, which a signal may have put off."""
     run = run_folder(folder, name)
-    rows = [row for row in read_metrics(run) if row["kind"] == "val" and row["step"] == steps]
+    found = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    rows = [row for row in found if row["kind"] == "val" and row["step"] == steps]
     if not rows or "scale_error" not in rows[-1]:
-        raise UserError(f"{run}/metrics.jsonl has no validation with errors at its last step, {steps}")
+        return False
     result = {
         "cell": name,
         "finished": now(),
@@ -84,6 +81,7 @@ def write_result(folder: Path, name: str, steps: int) -> None:
         "identity": read_identity(folder, name),
     }
     write_atomic(result_path(folder, name), json.dumps(result, indent=1) + "\n")
+    return True
 
 
 def row_values(row: Mapping[str, Any]) -> dict[str, float]:

@@ -100,7 +100,7 @@ decide() {
   all=$(cat "$statuses"/* 2>/dev/null)
   has() { grep -qx "$1" <<<"$all"; }
   echo "hmar-mega: srun ended with $step_status, the processes with $(sort <<<"$all" | uniq -c | tr -s ' \n' ' ')"
-  if finished; then stop completed "" 0; fi
+  if finished && ! has 75; then stop completed "" 0; fi    # 75: its last validation was put off
   mapfile -t lost < <(lost_nodes)
   if [ -n "$terminated" ]; then
     if ((${#lost[@]})); then    # SLURM ends and requeues a job that lost a node; one that was cancelled too will not start

@@ -73,7 +73,10 @@ class Attempts:
         self.path = record.cell_folder(self.folder, self.name)
         (self.entry,) = [entry for entry in state.read_sweep(self.folder) if entry["cell"] == self.name]
 
-    def run(self, status: int, asked: list[int], text: str = "", finished: bool = False, processes: int = 1) -> int:
+    def run(
+        self, status: int, asked: list[int], text: str = "", finished: bool = False, processes: int = 1,
+        validated: bool = True,
+    ) -> int:  # fmt: skip
         def train(path, processes, output):
             output.write_text(text)
             if finished:
@@ -81,7 +84,8 @@ class Attempts:
                 checkpoint.mkdir(parents=True)
                 (checkpoint / "state.json").write_text('{"finished": true, "step": 100}')
                 (checkpoint.parent / "latest").write_text(checkpoint.name)
-                (path / "run" / "metrics.jsonl").write_text(json.dumps(validation(100, 2.0)))
+            if (path / "run").exists():
+                (path / "run" / "metrics.jsonl").write_text(json.dumps(validation(100, 2.0)) if validated else "")
             return status, asked
 
         self.patch.setattr(attempt, "_train", train)
@@ -106,6 +110,15 @@ def test_an_attempt_records_how_it_ended(tmp_path, monkeypatch):
     assert attempt.run_cell(cell.folder, cell.name, 1) == 0
     with pytest.raises(UserError, match="has no cell d9"):
         attempt.run_cell(cell.folder, "d9", 1)
+
+
+def test_a_cell_that_was_stopped_in_its_last_validation_is_not_finished(tmp_path, monkeypatch):
+    cell = Attempts(tmp_path, monkeypatch)
+    assert cell.run(75, [signal.SIGUSR1], finished=True, validated=False) == 75
+    assert state.state_of(cell.folder, cell.entry, 3).state == "stopped"
+    assert cell.run(0, [], validated=False) == 1  # where it is missing for another reason
+    assert cell.run(0, []) == 0
+    assert state.state_of(cell.folder, cell.entry, 3).state == "finished"
 
 
 def test_a_cell_whose_result_was_lost_gets_it_from_its_run(tmp_path, monkeypatch):
