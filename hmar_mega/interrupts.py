@@ -58,9 +58,14 @@ class Interrupts:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
-        if self.agreed is Stop.NONE:  # else a signal sent twice would kill what is about to end well
+        if self.agreed is Stop.NONE:
             for number, handler in self._before.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
+            return
+        # a signal sent twice must not kill what is about to end well: Python, where it ends, makes handlers that are
+        # functions the default again, and leaves alone what is ignored
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
 
     @property
     def status(self) -> int:

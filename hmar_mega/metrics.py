@@ -8,11 +8,13 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hmar_mega.config import Config
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
+
+if TYPE_CHECKING:
+    from hmar_mega.config import Config
 
 log = logging.getLogger(__name__)
 

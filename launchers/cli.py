@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmar_mega.errors import UserError
+from hmar_mega.launchers.prepare import CELL_RUN, MAX_RESTARTS
 from hmar_mega.parsers import add_command, add_config_arguments
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from hmar_mega.config import Config
-    from hmar_mega.launchers.slurm import Job
+    from hmar_mega.launchers.job import Job
     from hmar_mega.launchers.status import RunStatus
     from hmar_mega.planning.cluster import Cluster
 
@@ -106,17 +107,14 @@ def _launch_job(args: argparse.Namespace, config: Config) -> int:
 
     cluster = load_cluster(args.cluster, args.nodes, args.gpus_per_node)
     job = make_job(args, config, cluster)
-    _check_layout(config, job.processes)
-    asked = limits.ask_slurm()
-    limits.check_job(job, asked)
+    _check_layout(config, cluster.gpus)
+    limits.check(job, args.dry_run)
     if args.dry_run:
         print(render(job), end="")
         return 0
-    limits.require_sbatch()
-    limits.check_shared(job.run, cluster.launch.shared_folder, cluster.nodes)
     prepare(config, job_files(job), sys.argv)
     number = submit(job)
-    print(f"job {number}: {cluster.nodes} × {cluster.gpus_per_node} processes; hmar-mega status {job.run} --watch")
+    print(f"job {number}: {cluster.nodes} × {cluster.gpus_per_node} processes; hmar-mega status {job.folder} --watch")
     return 0
 
 
@@ -126,17 +124,13 @@ def make_job(args: argparse.Namespace, config: Config, cluster: Cluster) -> Job:
     Raises:
         UserError: when a time is none.
     """
-    from hmar_mega.launchers.slurm import Job
-    from hmar_mega.planning.launch_settings import seconds_of
+    from hmar_mega.launchers.slurm import run_job
 
     run, launch = Path(str(config.run.dir)), cluster.launch
-    wanted = args.time or launch.time
-    try:
-        seconds_of(wanted)
-    except ValueError as err:
-        raise UserError(f"--time: {err}") from None
-    restarts = 50 if args.max_restarts is None else args.max_restarts
-    return Job(run, cluster, args.name or run.name, wanted, args.partition or launch.partition, restarts)
+    restarts = MAX_RESTARTS if args.max_restarts is None else args.max_restarts
+    return run_job(
+        run, cluster, args.name or run.name, args.time or launch.time, args.partition or launch.partition, restarts
+    )
 
 
 def _check_layout(config: Config, processes: int) -> None:
@@ -215,7 +209,9 @@ def table_of(rows: list[RunStatus]) -> Table:
         left = "" if row.seconds_left is None else duration(row.seconds_left)
         state = f"[{COLOURS.get(row.state, 'white')}]{row.state}[/]"
         reason = row.reason.replace("[", r"\[")
-        table.add_row(Path(row.run).name, state, step, left, row.job, row.nodes, str(row.restarts), reason)
+        run = Path(row.run)
+        name = run.parent.name if run.name == CELL_RUN else run.name
+        table.add_row(name, state, step, left, row.job, row.nodes, str(row.restarts), reason)
     return table
 
 

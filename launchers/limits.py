@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hmar_mega.config_base import one_of
 from hmar_mega.errors import UserError
-from hmar_mega.launchers.slurm import Job
+from hmar_mega.launchers.job import Job
 from hmar_mega.planning.launch_settings import seconds_of
 
 #: File systems that belong to one machine.
@@ -26,6 +26,21 @@ class Limits:
     nodes: int | None = None
     gpus_per_node: int | None = None
     time: int | None = None
+
+
+def check(job: Job, dry_run: bool) -> None:
+    """Refuse a job that cannot be submitted from here or can never run well.
+
+    Args:
+        dry_run: leave out what only matters where it is submitted.
+
+    Raises:
+        UserError: naming what was asked for, the limit, and what to do.
+    """
+    check_job(job, ask_slurm())
+    if not dry_run:
+        require_sbatch()
+        check_shared(job.folder, job.cluster.launch.shared_folder, job.nodes)
 
 
 def require_sbatch() -> None:
@@ -125,24 +140,26 @@ def _gpu_count(item: str) -> int:
     return int(number) if number.isdecimal() else 1
 
 
-def check_shared(run: Path, shared_folder: str | None, nodes: int) -> None:
-    """Refuse a run directory that only this machine sees, as well as can be told from here.
+def check_shared(folder: Path, shared_folder: str | None, nodes: int) -> None:
+    """Refuse a folder of a run, or of a sweep, that only this machine sees, as well as can be told from here.
 
     Raises:
         UserError: naming the folder, and where to put it.
     """
     if shared_folder is not None:
-        if not run.is_relative_to(Path(shared_folder).absolute()):
+        if not folder.is_relative_to(Path(shared_folder).absolute()):
             raise UserError(
-                f"run.dir={run} is not below {shared_folder}, the folder that all nodes of this cluster share "
-                "(launch.shared_folder); its logs and checkpoints would be lost: choose a run.dir there"
+                f"{folder} is not below {shared_folder}, the folder that all nodes of this cluster share "
+                "(launch.shared_folder); logs and checkpoints would be lost: choose a folder there (run.dir; dir of a "
+                "sweep)"
             )
         return
-    kind = file_system(run)
+    kind = file_system(folder)
     if nodes > 1 and kind in LOCAL_FILE_SYSTEMS:
         raise UserError(
-            f"run.dir={run} lies on {kind}, a file system of this machine, and the job has {nodes} nodes; choose a "
-            "run.dir that all nodes share, or name the shared folder as launch.shared_folder in the cluster file"
+            f"{folder} lies on {kind}, a file system of this machine, and up to {nodes} nodes write there; choose a "
+            "folder that all nodes share (run.dir; dir of a sweep), or name the shared one as launch.shared_folder in "
+            "the cluster file"
         )
 
 

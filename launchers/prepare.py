@@ -9,17 +9,25 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hmar_mega.config import Config
-from hmar_mega.config_io import config_to_yaml
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
+
+if TYPE_CHECKING:
+    from hmar_mega.config import Config
 
 #: Of a run directory: what `hmar-mega launch` writes and its jobs add to.
 LAUNCH_FOLDER = "launch"
 
+#: Run directory of a sweep's cell, in the cell's folder, which has the name.
+CELL_RUN = "run"
+
 #: Of the launch folder.
 CONFIG_FILE, JOB_FILE, EVENTS_FILE = "config.yaml", "job.sbatch", "events.jsonl"
+
+#: How often a job starts again, unless said otherwise.
+MAX_RESTARTS = 50
 
 #: Read by every job script.
 COMMON = ("await.sh", "job.sh", "task.sh")
@@ -31,11 +39,7 @@ def templates() -> Path:
 
 
 def prepare(config: Config, files: Mapping[str, str], command: Sequence[str]) -> Path:
-    """Write RUN/launch: the full configuration, the command, the revision of the code with its changes, and `files`.
-
-    Args:
-        files: further files by name, such as the job script.
-        command: the command line that asked for it.
+    """Write RUN/launch: the full configuration, and what `prepare_scripts` writes.
 
     Returns:
         The folder.
@@ -43,11 +47,28 @@ def prepare(config: Config, files: Mapping[str, str], command: Sequence[str]) ->
     Raises:
         UserError: when it cannot be written.
     """
+    from hmar_mega.config_io import config_to_yaml
+
     folder = Path(str(config.run.dir)) / LAUNCH_FOLDER
+    prepare_scripts(folder, {CONFIG_FILE: config_to_yaml(config), **files}, command)
+    for name in ("logs", "statuses"):
+        (folder / name).mkdir(exist_ok=True)
+    return folder
+
+
+def prepare_scripts(folder: Path, files: Mapping[str, str], command: Sequence[str]) -> None:
+    """Write the command, the revision of the code with its changes, what job scripts read, and `files`.
+
+    Args:
+        files: further files by name, such as the job script.
+        command: the command line that asked for it.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     described, changes = _revision()
     written = {
-        CONFIG_FILE: config_to_yaml(config),
         "command.txt": f"# {now}, in {Path.cwd()}\n{shlex.join(command)}\n",
         "revision.txt": described + "\n",
         "changes.diff": changes,
@@ -56,9 +77,6 @@ def prepare(config: Config, files: Mapping[str, str], command: Sequence[str]) ->
     }
     for name, text in written.items():
         write_atomic(folder / name, text)
-    for name in ("logs", "statuses"):
-        (folder / name).mkdir(exist_ok=True)
-    return folder
 
 
 def launch_config(config: Config) -> Config:

@@ -1,8 +1,8 @@
 """The cells of a sweep: one training run each, with a stable identity that follows from its settings.
 
 A cell's key says where it stands in the grid (size, images, seed); its digest is a hash of every setting that can
-change its result. A key that comes back with another digest is a changed experiment, which `state.py` refuses to mix
-with the old one.
+change its result, and of the contents of data and tokenizer. A key that comes back with another digest is a changed
+experiment, which `state.py` refuses to mix with the old one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from hmar_mega.errors import UserError
 from hmar_mega.flops import train_flops_per_image
 from hmar_mega.planning.tensors import rank_parameters
 from hmar_mega.planning.workload import Workload, with_tokenizer
+from hmar_mega.scaling.contents import contents_of
 from hmar_mega.scaling.spec import Size, SweepSpec
 
-#: Settings that change where and how fast a run computes, not what: a cell may be moved to other machines.
+#: Settings that change where and how fast a run computes, not what: a cell may be moved to other machines. Folders of
+#: data and tokenizer count by their contents.
 NOT_IDENTITY = (
     "parallel", "checkpoint", "logging", "data.workers", "data.micro_batch_size", "run.dir", "run.resume",
-    "run.resume_from", "run.peer_timeout",
+    "run.resume_from", "run.peer_timeout", "tokenizer", "data.train", "data.val", "data.images", "data.images_val",
 )  # fmt: skip
 
 
@@ -37,10 +39,11 @@ class Cell:
 
     Attributes:
         key: size, images and seed, such as `d4-w256-n51200-s0`.
-        digest: 8 hexadecimal digits, of the settings.
+        digest: 8 hexadecimal digits, of the identity.
         groups: the budgets that ask for it, such as `images=50000` or `flops=1e15`.
         config: the whole configuration but run.dir, with the layout still open.
         planned: the same with the architecture of the tokenizer it names, for the planner.
+        contents: fingerprints of data and tokenizer, None for what is not here.
         parameters, non_embedding: of the model, and of its blocks alone (VAR's N = 18·width²·depth, and small change).
         images, steps: that it trains on and for.
         flops: of training.
@@ -51,6 +54,7 @@ class Cell:
     groups: tuple[str, ...]
     config: Config = field(repr=False)
     planned: Config = field(repr=False)
+    contents: dict[str, str | None] = field(repr=False)
     parameters: int
     non_embedding: int
     images: int
@@ -62,6 +66,11 @@ class Cell:
         """Of its folder, and what it is called everywhere."""
         return f"{self.key}-{self.digest}"
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that makes it what it is, as dotted keys."""
+        return identity(self.config, self.contents)
+
 
 def expand(spec: SweepSpec, base: Config) -> list[Cell]:
     """The cells of a sweep, smaller models and shorter runs first, each once.
@@ -70,10 +79,11 @@ def expand(spec: SweepSpec, base: Config) -> list[Cell]:
         UserError: for sizes or budgets that make no run, or when the size of the training set is not known.
     """
     dataset, tokenizer = dataset_images(spec, base), with_tokenizer(base).tokenizer
+    contents = contents_of(base.model_dump(mode="json"))
     cells: dict[str, Cell] = {}
     for size, images, group in _grid(spec, base, tokenizer):
         for seed in spec.seeds:
-            cell = make_cell(spec, base, tokenizer, size, images, seed, dataset, group)
+            cell = make_cell(spec, base, tokenizer, contents, size, images, seed, dataset, group)
             known = cells.get(cell.name)
             groups = () if known is None else known.groups
             cells[cell.name] = replace(cell, groups=tuple(dict.fromkeys((*groups, group))))
@@ -114,13 +124,14 @@ def _grid(spec: SweepSpec, base: Config, tokenizer: TokenizerConfig) -> Iterator
 
 
 def make_cell(
-    spec: SweepSpec, base: Config, tokenizer: TokenizerConfig, size: Size, images: float, seed: int, dataset: int,
-    group: str = "",
+    spec: SweepSpec, base: Config, tokenizer: TokenizerConfig, contents: dict[str, str | None], size: Size,
+    images: float, seed: int, dataset: int, group: str = "",
 ) -> Cell:  # fmt: skip
     """One cell; `images` is rounded up to whole steps.
 
     Args:
         tokenizer: its architecture.
+        contents: fingerprints of data and tokenizer.
         dataset: images of the training set.
     """
     config = sized(base, size)
@@ -143,10 +154,11 @@ def make_cell(
     total, blocks = count_parameters(planned)
     return Cell(
         key=f"d{depth}-w{width}-n{steps * batch}-s{seed}",
-        digest=digest_of(config),
+        digest=digest_of(config, contents),
         groups=(group,),
         config=config,
         planned=planned,
+        contents=contents,
         parameters=total,
         non_embedding=blocks,
         images=steps * batch,
@@ -174,19 +186,20 @@ def count_parameters(config: Config) -> tuple[int, int]:
     return sum(p.numel for p in parameters), blocks
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """The settings that make a cell what it is, as dotted keys."""
+def identity(config: Config, contents: Mapping[str, str | None]) -> dict[str, Any]:
+    """The settings and contents that make a cell what it is, as dotted keys."""
     flat = dict(_flatten(config.model_dump(mode="json")))
-    return {
+    settings = {
         key: value
         for key, value in flat.items()
         if not any(key == left_out or key.startswith(f"{left_out}.") for left_out in NOT_IDENTITY)
     }
+    return {**settings, **contents}
 
 
-def digest_of(config: Config) -> str:
-    """8 hexadecimal digits of the settings of `identity`."""
-    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+def digest_of(config: Config, contents: Mapping[str, str | None]) -> str:
+    """8 hexadecimal digits of `identity`."""
+    return hashlib.sha256(json.dumps(identity(config, contents), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmar_mega.errors import UserError
+from hmar_mega.errors import UserError, refuse_options
 from hmar_mega.parsers import add_command
 
 if TYPE_CHECKING:
@@ -57,18 +57,27 @@ def _add_submit(commands: Any) -> None:
     parser = add_command(
         commands, "submit", "train what is missing: new cells, stopped ones, failed ones", "",
         "  hmar-mega sweep submit SWEEP.yaml --local 2 --minutes 20\n"
-        "  hmar-mega sweep submit SWEEP.yaml --slurm 8 --option=--partition=gpu --option=--time=4:00:00",
+        "  hmar-mega sweep submit SWEEP.yaml --slurm 8 --cluster ours.yaml --time 4:00:00",
     )  # fmt: skip
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--local", type=_positive, metavar="N", help="processes here, N cells at a time (default: 1)")
     where.add_argument("--slurm", type=_positive, metavar="N", help="one SLURM array, N tasks at a time")
     parser.add_argument("--minutes", type=float, help="with --local: save and stop after so long, to go on later")
-    parser.add_argument("--dependency", help="with --slurm: as sbatch takes it, such as afterok:123")
-    parser.add_argument(
-        "--option", action="append", default=[], metavar="--KEY=VALUE", help="with --slurm: another #SBATCH line"
+    slurm = parser.add_argument_group("with --slurm")
+    slurm.add_argument("--cluster", help="YAML file or name, as of `hmar-mega launch` (default: the sweep's)")
+    slurm.add_argument("--time", help="limit of one job, such as 4:00:00; cells that take longer go on in another")
+    slurm.add_argument("--partition", help="instead of the cluster's")
+    slurm.add_argument(
+        "--max-restarts", type=_positive, metavar="R", help="how often a task starts again (default: 50)"
     )
+    slurm.add_argument("--dependency", help="as sbatch takes it, such as afterok:123")
+    slurm.add_argument("--option", action="append", metavar="--KEY=VALUE", help="another option of sbatch")
     parser.add_argument("--max-attempts", type=_positive, help="instead of the sweep's; higher retries cells given up")
+    parser.add_argument(
+        "--accept-changed-data", action="store_true",
+        help="let finished cells stand though data or tokenizer have changed since, as by rounding on another machine",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say what would be done; with --slurm, show the script")
     parser.set_defaults(run=_run_submit)
 
@@ -98,7 +107,7 @@ def _add_fit(commands: Any) -> None:
         commands, "fit", "power laws, the largest model predicted, the best model for a budget; plots and a page", "",
         "  hmar-mega sweep fit SWEEP.yaml --flops 1e18 --flops 1e19",
     )  # fmt: skip
-    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml|DIR")
     parser.add_argument("--flops", type=float, action="append", default=[], help="recommend a model for this budget")
     parser.add_argument("--out", type=Path, help="folder of the results (default: DIR/fit)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
@@ -138,11 +147,14 @@ def _write_json(where: str, tree: object) -> None:
 
 
 def _run_plan(args: argparse.Namespace) -> int:
+    from hmar_mega.scaling.contents import missing_contents
     from hmar_mega.scaling.plan import plan_json, show_plan
-    from hmar_mega.scaling.state import refuse_changed
+    from hmar_mega.scaling.state import entries_of
 
-    spec, _, planned = _planned(args.sweep)
-    refuse_changed(Path(spec.dir), [item.cell for item in planned])
+    spec, base, planned = _planned(args.sweep)
+    entries_of(Path(spec.dir), planned)
+    if missing := missing_contents(base.model_dump(mode="json"), planned[0].cell.contents):
+        log.warning("names of cells are provisional, since they follow from data too: %s not here", ", ".join(missing))
     if args.json != "-":
         show_plan(spec, planned, _console())
     if args.json is not None:
@@ -151,50 +163,81 @@ def _run_plan(args: argparse.Namespace) -> int:
 
 
 def _run_submit(args: argparse.Namespace) -> int:
-    from hmar_mega.scaling import submit
-    from hmar_mega.scaling.state import refuse_changed, write_sweep
+    from hmar_mega.planning.workload import with_tokenizer
+    from hmar_mega.scaling.local import run_local
+    from hmar_mega.scaling.state import entries_of, write_sweep
 
-    if args.slurm is None and (args.dependency or args.option):
-        raise UserError("--dependency and --option are SLURM's; give --slurm N too")
-    if args.slurm is not None and args.minutes is not None:
-        raise UserError("--minutes is for --local; with --slurm give --option=--time=… instead")
-    spec, _, planned = _planned(args.sweep)
-    folder, attempts = Path(spec.dir), args.max_attempts or spec.max_attempts
-    if args.dry_run:
-        refuse_changed(folder, [item.cell for item in planned])
+    if args.slurm is None:
+        names = ("cluster", "time", "partition", "max_restarts", "dependency", "option")
+        refuse_options("they are SLURM's, and --slurm N is not given", **{name: getattr(args, name) for name in names})
     else:
-        added = write_sweep(folder, spec, planned)
+        refuse_options("it is for --local; with --slurm there is --time", minutes=args.minutes)
+    spec, base, planned = _planned(args.sweep)
+    folder, attempts = Path(spec.dir).absolute(), args.max_attempts or spec.max_attempts
+    _require_contents(base, planned)
+    if args.dry_run:
+        entries = entries_of(folder, planned, args.accept_changed_data)
+    else:
+        entries, added = write_sweep(folder, spec, with_tokenizer(base), planned, args.accept_changed_data)
         log.info("%s: %d cells, %d of them new", folder, len(planned), len(added))
-    wanted = _to_train(folder, planned, attempts)
+    wanted = _to_train(folder, entries, attempts)
     if not wanted:
         log.info("nothing to train")
         return 0
     if args.slurm is not None:
-        script = submit.render_array(
-            folder, spec.name, wanted, spec.processes, args.slurm, args.option, args.dependency, write=not args.dry_run
-        )
-        if args.dry_run:
-            print(script.text, end="")
-            return 0
-        log.info("%d cells are SLURM array %s, %d at a time", len(wanted), submit.submit_array(script.path), args.slurm)
-        return 0
+        return _submit_array(args, spec, folder, wanted)
     if args.dry_run:
         print("\n".join(wanted))
         return 0
-    outcome = submit.run_local(folder, wanted, spec.processes, args.local or 1, attempts, args.minutes)
-    log.info("%d finished, %d stopped, %d given up", len(outcome.finished), len(outcome.stopped), len(outcome.gave_up))
-    return 1 if outcome.gave_up else 0
+    outcome = run_local(folder, wanted, spec.processes, args.local or 1, attempts, args.minutes)
+    log.info(
+        "%d finished, %d stopped, %d given up, %d refused",
+        len(outcome.finished), len(outcome.stopped), len(outcome.gave_up), len(outcome.refused),
+    )  # fmt: skip
+    return 1 if outcome.gave_up or outcome.refused else 0
 
 
-def _to_train(folder: Path, planned: list[PlannedCell], max_attempts: int) -> list[str]:
+def _submit_array(args: argparse.Namespace, spec: SweepSpec, folder: Path, wanted: list[str]) -> int:
+    from hmar_mega.launchers import limits
+    from hmar_mega.launchers.prepare import MAX_RESTARTS
+    from hmar_mega.scaling import array
+    from hmar_mega.scaling.plan import cell_cluster
+
+    cluster = cell_cluster(args.cluster or spec.cluster, spec.processes)
+    job = array.array_job(
+        folder, cluster, spec.name, args.time or cluster.launch.time, args.partition or cluster.launch.partition,
+        args.max_restarts or MAX_RESTARTS, len(wanted), args.slurm, args.dependency, args.option or (),
+    )  # fmt: skip
+    limits.check(job, args.dry_run)
+    if args.dry_run:
+        print(array.render(job), end="")
+        return 0
+    number = array.submit(job, wanted, sys.argv)
+    log.info(
+        "%d cells are SLURM array %s, %d at a time; hmar-mega sweep status %s", len(wanted), number, args.slurm, folder
+    )
+    return 0
+
+
+def _require_contents(base: Config, planned: list[PlannedCell]) -> None:
+    """Refuse to train what cannot be identified."""
+    from hmar_mega.scaling.contents import missing_contents
+
+    if missing := missing_contents(base.model_dump(mode="json"), planned[0].cell.contents):
+        raise UserError(
+            f"{' and '.join(missing)}: not here, or not set. What is trained on is a part of what a cell is, so submit "
+            "where the data and the tokenizer are; `sweep plan` does without them"
+        )
+
+
+def _to_train(folder: Path, entries: list[dict[str, Any]], max_attempts: int) -> list[str]:
     """Cells to start, after a line for each that is not begun for the first time."""
-    from hmar_mega.scaling.plan import plan_json
+    from hmar_mega.scaling.array import queued_cells
     from hmar_mega.scaling.state import state_of
-    from hmar_mega.scaling.submit import queued_cells
 
     queued, wanted = queued_cells(folder), []
     counts: dict[str, int] = {}
-    for entry in plan_json(planned):
+    for entry in entries:
         found = state_of(folder, entry, max_attempts, queued)
         counts[found.state] = counts.get(found.state, 0) + 1
         if found.state in ("new", "stopped", "failed"):
@@ -208,12 +251,16 @@ def _to_train(folder: Path, planned: list[PlannedCell], max_attempts: int) -> li
                 "cell %s: given up after %d failures, last: %s; --max-attempts %d tries it again",
                 found.name, found.attempts, found.reason, found.attempts + 1,
             )  # fmt: skip
+        if found.state == "refused":
+            log.warning(
+                "cell %s: refused, and tried again only with other settings or data: %s", found.name, found.reason
+            )
     log.info("cells: %s", ", ".join(f"{count} {name}" for name, count in counts.items()))
     return wanted
 
 
 def _run_run(args: argparse.Namespace) -> int:
-    from hmar_mega.scaling.submit import run_cell
+    from hmar_mega.scaling.attempt import run_cell
 
     return run_cell(args.folder, args.cell, args.processes)
 
@@ -223,17 +270,12 @@ def _run_status(args: argparse.Namespace) -> int:
 
     from rich.table import Table
 
-    from hmar_mega.scaling.spec import load_sweep
-    from hmar_mega.scaling.state import read_sweep, recorded_max_attempts, state_of
-    from hmar_mega.scaling.submit import queued_cells
+    from hmar_mega.scaling.array import queued_cells
+    from hmar_mega.scaling.state import state_of, sweep_file
 
-    if args.sweep.is_dir():
-        folder, attempts = args.sweep, recorded_max_attempts(args.sweep)
-    else:
-        spec, _ = load_sweep(args.sweep)
-        folder, attempts = Path(spec.dir), spec.max_attempts
-    queued = queued_cells(folder)
-    states = [state_of(folder, entry, attempts, queued) for entry in read_sweep(folder)]
+    folder = _folder(args.sweep)
+    tree, queued = sweep_file(folder), queued_cells(folder)
+    states = [state_of(folder, entry, tree["max_attempts"], queued) for entry in tree["cells"]]
     if args.json is not None:
         _write_json(args.json, [asdict(found) for found in states])
     if args.json == "-":
@@ -250,16 +292,23 @@ def _run_status(args: argparse.Namespace) -> int:
 
 
 def _run_fit(args: argparse.Namespace) -> int:
-    from hmar_mega.planning.workload import with_tokenizer
     from hmar_mega.scaling.fitting import fit_sweep
     from hmar_mega.scaling.report import show_fit, write_fit
-    from hmar_mega.scaling.spec import load_sweep
+    from hmar_mega.scaling.state import sweep_file
 
-    spec, base = load_sweep(args.sweep)
     if any(flops <= 0 for flops in args.flops):
         raise UserError(f"--flops {min(args.flops)} must be above 0")
-    fit = fit_sweep(Path(spec.dir), with_tokenizer(base), args.flops, args.seed)
-    page = write_fit(fit, spec.name, args.out or Path(spec.dir) / "fit")
-    show_fit(fit, spec.name, _console())
+    folder = _folder(args.sweep)
+    name = str(sweep_file(folder)["name"])
+    fit = fit_sweep(folder, args.flops, args.seed)
+    page = write_fit(fit, name, args.out or folder / "fit")
+    show_fit(fit, name, _console())
     print(f"page: {page}")
     return 0
+
+
+def _folder(sweep: Path) -> Path:
+    """The folder of a sweep that is given by it, or by its file."""
+    from hmar_mega.scaling.spec import load_sweep
+
+    return sweep if sweep.is_dir() else Path(load_sweep(sweep)[0].dir)

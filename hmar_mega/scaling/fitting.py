@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hmar_mega.config import Config
+from hmar_mega.config_io import parse_config
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
 from hmar_mega.scaling import results
@@ -25,7 +26,7 @@ from hmar_mega.scaling.frontier import (
 )
 from hmar_mega.scaling.laws import PowerLaw, fit_power_law
 from hmar_mega.scaling.results import Point
-from hmar_mega.scaling.state import read_sweep
+from hmar_mega.scaling.state import read_sweep, sweep_file
 
 log = logging.getLogger(__name__)
 
@@ -98,18 +99,17 @@ class Fit:
     notes: tuple[str, ...]
 
 
-def fit_sweep(folder: Path, base: Config, budgets: Sequence[float], seed: int = 0) -> Fit:
-    """Fit the finished cells of a sweep folder.
+def fit_sweep(folder: Path, budgets: Sequence[float], seed: int = 0) -> Fit:
+    """Fit the finished cells of a sweep folder, by its sweep.json and results alone.
 
     Args:
-        base: configuration of the sweep with its tokenizer's architecture, for recommended models.
         budgets: FLOPs to recommend a model for.
 
     Raises:
         UserError: when no cell is finished.
     """
-    points = results.finished_points(folder)
-    notes: list[str] = []
+    points, base = results.finished_points(folder), parse_config(sweep_file(folder)["base"])
+    notes = results.mixed_data(points)
     # first, so that the prediction is on disk before the largest model is looked at
     predictions = predict_largest(folder, points, seed, notes)
     laws = all_laws(points, seed)

@@ -47,19 +47,19 @@ class PlannedCell:
         return parse_config(tree)
 
 
-def sweep_cluster(spec: SweepSpec) -> Cluster:
-    """The machines of one cell.
+def cell_cluster(name: str, processes: int) -> Cluster:
+    """The machines of one cell, of a cluster by its name or file.
 
     Raises:
         UserError: when the cluster has fewer GPUs than a cell wants.
     """
-    cluster = load_cluster(spec.cluster)
-    if spec.processes > cluster.gpus:
+    cluster = load_cluster(name)
+    if processes > cluster.gpus:
         raise UserError(
-            f"processes={spec.processes}, but cluster {cluster.name} has {cluster.gpus}; use at most that many, or "
-            "another cluster"
+            f"processes={processes}, but cluster {cluster.name} has {cluster.gpus}; use at most that many, or another "
+            "cluster"
         )
-    return cluster.resized(spec.processes)
+    return cluster.resized(processes)
 
 
 def plan_cells(spec: SweepSpec, cells: Sequence[Cell]) -> list[PlannedCell]:
@@ -68,7 +68,7 @@ def plan_cells(spec: SweepSpec, cells: Sequence[Cell]) -> list[PlannedCell]:
     Raises:
         UserError: for cells that fit on no layout; each is named with the nearest size that fits.
     """
-    cluster, factor = sweep_cluster(spec), calibration()
+    cluster, factor = cell_cluster(spec.cluster, spec.processes), calibration()
     found: list[PlannedCell] = []
     refused: list[str] = []
     best: dict[tuple[Any, ...], Plan | str] = {}
@@ -122,7 +122,7 @@ def _nearest(spec: SweepSpec, cell: Cell, cluster: Cluster, factor: float) -> st
 
 def show_plan(spec: SweepSpec, planned: Sequence[PlannedCell], console: Console) -> None:
     """The table of `sweep plan`."""
-    cluster = sweep_cluster(spec)
+    cluster = cell_cluster(spec.cluster, spec.processes)
     table = Table(title=f"sweep {spec.name}: {len(planned)} cells, {cluster.gpus} × {cluster.gpu} each", box=None)
     for name in ("cell", "params", "blocks", "batch", "steps", "base lr", "FLOPs", "layout", "GiB", "GPU-h"):
         table.add_column(name, justify="left" if name in ("cell", "layout") else "right", no_wrap=True)

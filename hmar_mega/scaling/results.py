@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hmar_mega.errors import UserError
-from hmar_mega.metrics import read_metrics
-from hmar_mega.scaling.state import cell_folder, read_sweep, state_of
+from hmar_mega.scaling.contents import CONTENTS
+from hmar_mega.scaling.record import read_result
+from hmar_mega.scaling.state import read_sweep
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class Point:
         parameters: total; non_embedding: of the blocks.
         images, flops: of training.
         values: by quantity: `loss/all`, `loss/last`, `loss/1` … `loss/K` in nats a token, and `error/…` alike.
+        contents: fingerprints of data and tokenizer, as CONTENTS has them.
     """
 
     cell: str
@@ -35,6 +37,7 @@ class Point:
     images: int
     flops: float
     values: dict[str, float]
+    contents: tuple[str | None, ...] = ()
 
 
 #: What a law may be in, by name.
@@ -52,21 +55,17 @@ def finished_points(folder: Path) -> list[Point]:
         UserError: when none is finished.
     """
     entries = read_sweep(folder)
-    finished = [e for e in entries if state_of(folder, e, 1).state == "finished"]
-    if not finished:
+    found = [(entry, result) for entry in entries if (result := read_result(folder, entry["cell"])) is not None]
+    if not found:
         raise UserError(
             f"none of the {len(entries)} cells of {folder} is finished; see `hmar-mega sweep status {folder}`"
         )
-    if len(finished) < len(entries):
-        log.warning("%d of %d cells are not finished and are left out", len(entries) - len(finished), len(entries))
-    return sorted((_point(folder, entry) for entry in finished), key=lambda point: point.flops)
+    if len(found) < len(entries):
+        log.warning("%d of %d cells are not finished and are left out", len(entries) - len(found), len(entries))
+    return sorted((_point(entry, result) for entry, result in found), key=lambda point: point.flops)
 
 
-def _point(folder: Path, entry: dict[str, Any]) -> Point:
-    path = cell_folder(folder, entry["cell"])
-    rows = [r for r in read_metrics(path / "run") if r["kind"] == "val" and r["step"] == entry["steps"]]
-    if not rows or "scale_error" not in rows[-1]:
-        raise UserError(f"{path}/run/metrics.jsonl has no validation with errors at its last step, {entry['steps']}")
+def _point(entry: dict[str, Any], result: dict[str, Any]) -> Point:
     return Point(
         cell=entry["cell"],
         groups=tuple(entry["groups"]),
@@ -76,19 +75,19 @@ def _point(folder: Path, entry: dict[str, Any]) -> Point:
         non_embedding=entry["non_embedding"],
         images=entry["images"],
         flops=entry["flops"],
-        values=row_values(rows[-1]),
+        values=result["values"],
+        contents=tuple(result["identity"][name] for name in CONTENTS.values()),
     )
 
 
-def row_values(row: dict[str, Any]) -> dict[str, float]:
-    """The quantities of a validation row of metrics.jsonl."""
-    values = {}
-    for name, kind in (("loss", ""), ("error", "_error")):
-        values[f"{name}/all"], values[f"{name}/last"] = row[f"all_scales{kind}"], row[f"last_scale{kind}"]
-        for number, value in enumerate(row[f"scale_{name}"], 1):
-            if value is not None:
-                values[f"{name}/{number}"] = value
-    return values
+def mixed_data(points: Sequence[Point]) -> list[str]:
+    """A note for every thing that runs were not alike in: data and tokenizer, of accepted changes."""
+    notes = []
+    for number, name in enumerate(CONTENTS.values()):
+        kinds = sorted({str(point.contents[number]) for point in points if point.contents})
+        if len(kinds) > 1:
+            notes.append(f"runs differ in the {name} ({', '.join(kinds)}), which was accepted: --accept-changed-data")
+    return notes
 
 
 def at_most_data(points: Sequence[Point]) -> list[Point]:

@@ -1,52 +1,36 @@
-"""Where every cell of a sweep stands, as its folder says: what was tried, how it ended and why.
+"""A sweep's folder: entering cells into it, refusing changed ones, and where every cell stands.
 
-DIR/sweep.json                    the cells in their order, their settings and what they need
-DIR/cells/<cell>/config.yaml      what the cell trains
-DIR/cells/<cell>/run/             its run directory
-DIR/cells/<cell>/attempts.jsonl   a line when an attempt starts and one when it ends
-DIR/cells/<cell>/attempt-1.log    what it printed
-DIR/arrays/                       SLURM arrays: script, cells by task, job number
+DIR/sweep.json   the cells in their order with what they need, and the configuration they start from
+DIR/arrays/001/  of a SLURM array: script, cells by task, job numbers
+
+and what `record.py` says of cells and results.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
 import logging
-import os
-import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from hmar_mega.checkpoint.sources import find_checkpoint
-from hmar_mega.config_io import config_to_yaml, load_config
+from hmar_mega.config import Config
+from hmar_mega.config_io import config_to_yaml
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
+from hmar_mega.launchers.events import read_events
 from hmar_mega.metrics import read_metrics
-from hmar_mega.scaling.cells import Cell, identity
+from hmar_mega.scaling import record
+from hmar_mega.scaling.contents import CONTENTS
 from hmar_mega.scaling.plan import PlannedCell, plan_json
 from hmar_mega.scaling.spec import SweepSpec
 
 log = logging.getLogger(__name__)
 
-SWEEP_FILE, ATTEMPTS_FILE, LOCK_FILE = "sweep.json", "attempts.jsonl", ".attempt.lock"
+SWEEP_FILE = "sweep.json"
 
-StateName = Literal["new", "queued", "running", "stopped", "failed", "gave up", "finished"]
-
-#: What the log of a failed run says, and what that means; the first that matches counts.
-REASONS = (
-    (re.compile(r"out of memory|OutOfMemoryError|Cannot allocate memory|DefaultCPUAllocator", re.I), "out of memory"),
-    (re.compile(r"loss or gradient that is not finite"), "loss or gradients not finite"),
-    (re.compile(r"No space left|Disk quota exceeded|cannot write"), "disk full or not writable"),
-    (re.compile(r"NCCL.*(timeout|timed out)|Watchdog caught collective", re.I), "NCCL timeout"),
-    (re.compile(r"lost rank"), "a process was lost"),
-)
+StateName = Literal["new", "queued", "running", "stopped", "failed", "gave up", "refused", "finished"]
 
 
 @dataclass(frozen=True)
@@ -69,35 +53,51 @@ class CellState:
     loss: float | None
 
 
-def cell_folder(folder: Path, name: str) -> Path:
-    """Of one cell."""
-    return folder / "cells" / name
-
-
-def write_sweep(folder: Path, spec: SweepSpec, planned: Sequence[PlannedCell]) -> list[str]:
+def write_sweep(
+    folder: Path, spec: SweepSpec, base: Config, planned: Sequence[PlannedCell], accept_changed_data: bool = False
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Enter cells into a sweep folder: new ones are added, known ones are kept as they are.
 
+    Args:
+        base: what cells start from, with the architecture of its tokenizer.
+        accept_changed_data: as for `entries_of`.
+
     Returns:
-        Names of the cells that are new.
+        The entries of `planned`, and the names of those that are new.
 
     Raises:
-        UserError: when a finished or running cell comes back with other settings; nothing is written then.
+        UserError: when a finished or running cell comes back changed; nothing is written then.
     """
-    refuse_changed(folder, [item.cell for item in planned])
+    entries = entries_of(folder, planned, accept_changed_data)
     known = {entry["cell"]: entry for entry in read_sweep(folder)} if (folder / SWEEP_FILE).exists() else {}
-    entries = {entry["cell"]: entry for entry in plan_json(planned)}
-    for item in planned:
-        path = cell_folder(folder, item.cell.name) / "config.yaml"
-        if not path.exists():
-            write_atomic(path, config_to_yaml(item.config))
-    kept = {n: entry for n, entry in known.items() if n not in entries and _attempts(cell_folder(folder, n))}
-    keys = {item.cell.key: item.cell.name for item in planned}
-    for replaced in [n for n in kept if n.rsplit("-", 1)[0] in keys]:  # neither finished nor running
-        log.info("cell %s was not finished and has other settings now: %s", replaced, keys[replaced.rsplit("-", 1)[0]])
+    for item, entry in zip(planned, entries, strict=True):
+        path = record.cell_folder(folder, item.cell.name)
+        if entry["cell"] == item.cell.name and not (path / "config.yaml").exists():
+            write_atomic(path / record.CELL_FILE, json.dumps(item.cell.identity, indent=1, sort_keys=True))
+            write_atomic(path / "config.yaml", config_to_yaml(item.config))
+    names = {entry["cell"] for entry in entries}
+    kept = {n: entry for n, entry in known.items() if n not in names and _was_begun(folder, n)}
+    keys = {item.cell.key: entry["cell"] for item, entry in zip(planned, entries, strict=True)}
+    for replaced in [n for n in kept if _key(n) in keys]:  # neither finished nor running
+        log.info("cell %s was not finished and has changed since: %s begins anew", replaced, keys[_key(replaced)])
         del kept[replaced]
-    tree = {"name": spec.name, "max_attempts": spec.max_attempts, "cells": [*kept.values(), *entries.values()]}
+    tree = {
+        "name": spec.name,
+        "max_attempts": spec.max_attempts,
+        "base": base.model_dump(mode="json"),
+        "cells": [*kept.values(), *entries],
+    }
     write_atomic(folder / SWEEP_FILE, json.dumps(tree, indent=1))
-    return [n for n in entries if n not in known]
+    return entries, [n for n in dict.fromkeys(entry["cell"] for entry in entries) if n not in known]
+
+
+def _was_begun(folder: Path, name: str) -> bool:
+    return bool(record.attempts_of(record.cell_folder(folder, name))) or record.result_path(folder, name).exists()
+
+
+def _key(name: str) -> str:
+    """Where a cell stands in the grid, of its name."""
+    return name.rsplit("-", 1)[0]
 
 
 def read_sweep(folder: Path) -> list[dict[str, Any]]:
@@ -106,20 +106,16 @@ def read_sweep(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: when it is no sweep folder.
     """
-    cells: list[dict[str, Any]] = _sweep_file(folder)["cells"]
+    cells: list[dict[str, Any]] = sweep_file(folder)["cells"]
     return cells
 
 
-def recorded_max_attempts(folder: Path) -> int:
-    """The sweep's `max_attempts` when it was last submitted.
+def sweep_file(folder: Path) -> dict[str, Any]:
+    """`name`, `max_attempts`, `base` and `cells` of a sweep folder.
 
     Raises:
         UserError: when it is no sweep folder.
     """
-    return int(_sweep_file(folder)["max_attempts"])
-
-
-def _sweep_file(folder: Path) -> dict[str, Any]:
     try:
         tree: dict[str, Any] = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
@@ -129,137 +125,108 @@ def _sweep_file(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def refuse_changed(folder: Path, cells: Sequence[Cell]) -> None:
-    """Raise UserError when a cell is finished, or being trained, with other settings than it has now."""
-    begun: dict[str, Path] = {}
-    for path in sorted((folder / "cells").glob("*")):
-        if is_recorded_finished(path) or is_running(path):
-            begun[path.name.rsplit("-", 1)[0]] = path
-    changed = []
-    for cell in cells:
-        other = begun.get(cell.key)
-        if other is None or other.name == cell.name:
-            continue
-        before, now = identity(load_config(other / "config.yaml")), identity(cell.config)
-        keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        words = ", ".join(f"{key} {before.get(key)} → {now.get(key)}" for key in keys[:4])
-        changed.append(f"{other.name} ({words}{' …' if len(keys) > 4 else ''})")
+def entries_of(folder: Path, planned: Sequence[PlannedCell], accept_changed_data: bool = False) -> list[dict[str, Any]]:
+    """What `plan_json` says of the cells, unless one is finished, or being trained, and has changed since.
+
+    Args:
+        accept_changed_data: a cell whose data or tokenizer alone have changed stands as it is, under its name.
+
+    Raises:
+        UserError: naming the cells, what has changed, and what to do.
+    """
+    begun = _begun(folder)
+    entries, changed, settings_changed = [], [], False
+    for item, entry in zip(planned, plan_json(planned), strict=True):
+        cell = item.cell
+        others = begun.get(cell.key, {})
+        if others and cell.name not in others:
+            name, before = next(iter(others.items()))
+            now = cell.identity
+            keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+            data_alone = set(keys) <= set(CONTENTS.values())
+            unknown = data_alone and all(now[key] is None for key in keys)  # planned where the data are not at hand
+            if unknown or (data_alone and accept_changed_data):
+                entry["cell"] = name
+            else:
+                settings_changed |= not data_alone
+                words = ", ".join(f"{key} {before.get(key)} → {now.get(key)}" for key in keys[:4])
+                changed.append(f"{name} ({words}{' …' if len(keys) > 4 else ''})")
+        entries.append(entry)
     if changed:
+        ways = "undo the change, or give the sweep another dir"
+        if not settings_changed:
+            ways += (
+                "; where the data are the same but for rounding, `sweep submit --accept-changed-data` lets them stand"
+            )
         raise UserError(
-            f"{folder} has cells trained with other settings: {'; '.join(changed[:3])}"
-            f"{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}. One fit must not mix them: undo "
-            "the change, or give the sweep another dir"
+            f"{folder} has cells trained with other {'settings' if settings_changed else 'data'}: "
+            f"{'; '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}. One fit must not "
+            f"mix them: {ways}"
         )
+    return entries
 
 
-def state_of(folder: Path, entry: dict[str, Any], max_attempts: int, queued: frozenset[str] = frozenset()) -> CellState:
+def _begun(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Identities of cells that are finished or being trained, by key and name."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in sorted((folder / "results").glob("*.json")):
+        result = record.read_result(folder, path.stem)
+        if result is not None:
+            found.setdefault(_key(path.stem), {})[path.stem] = result["identity"]
+    for path in sorted((folder / "cells").glob("*")):
+        if record.is_running(path):
+            found.setdefault(_key(path.name), {})[path.name] = record.read_identity(folder, path.name)
+    return found
+
+
+def state_of(
+    folder: Path, entry: Mapping[str, Any], max_attempts: int, queued: frozenset[str] = frozenset()
+) -> CellState:
     """Where one cell stands.
 
     Args:
         entry: of `read_sweep`.
         queued: cells that wait in a SLURM queue.
     """
-    path, name = cell_folder(folder, entry["cell"]), entry["cell"]
-    attempts = _attempts(path)
+    path, name = record.cell_folder(folder, entry["cell"]), entry["cell"]
+    if (result := record.read_result(folder, name)) is not None:
+        return CellState(name, "finished", 0, "", entry["steps"], entry["steps"], result["values"]["loss/all"])
+    attempts = record.attempts_of(path)
     ends = [row for row in attempts if row["event"] == "end"]
     failures = [row for row in ends if row["outcome"] == "failed"]
     lost = len([row for row in attempts if row["event"] == "start"]) - len(ends)
     reason = failures[-1]["reason"] if failures else ""
-    running = is_running(path)
+    running = record.is_running(path)
     failed = len(failures) + max(0, lost - running)
+    last = attempts[-1].get("outcome") if attempts else None
     state: StateName
-    if ends and ends[-1]["outcome"] == "finished":
-        state, reason = "finished", ""
-    elif running:
+    if running:
         state = "running"
     elif name in queued:
         state = "queued"
     elif not attempts:
-        state = "new"
-    elif attempts[-1]["event"] == "end" and attempts[-1]["outcome"] == "stopped":
-        state, reason = "stopped", "asked to stop; goes on from its checkpoint"
+        state, reason = "new", _unfit_job(record.run_folder(folder, name))
+    elif last == "refused":
+        state, reason = "refused", attempts[-1]["reason"]
+    elif last in ("stopped", "finished"):  # finished, and its result was taken away: it only has to be written again
+        state, reason = (
+            "stopped",
+            "asked to stop; goes on from its checkpoint" if last == "stopped" else "has no result",
+        )
     else:
         if attempts[-1]["event"] == "start":
             reason = "ended without a word: killed, or its machine went down"
         state = "failed" if failed < max_attempts else "gave up"
-    step, loss = _progress(path / "run")
+    step, loss = _progress(record.run_folder(folder, name))
     return CellState(name, state, failed, reason, step, entry["steps"], loss)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run of a cell's folder has trained to its last step, by its checkpoint."""
-    checkpoint = find_checkpoint(folder / "run")
-    return checkpoint is not None and bool(json.loads((checkpoint / "state.json").read_text())["finished"])
-
-
-def is_recorded_finished(path: Path) -> bool:
-    """Whether the last word on a cell's folder is that it finished."""
-    attempts = _attempts(path)
-    return bool(attempts) and attempts[-1].get("outcome") == "finished"
-
-
-def failure_reason(status: int, log: str) -> str:
-    """Why an attempt failed, from its exit status and its last lines."""
-    for pattern, words in REASONS:
-        if pattern.search(log):
-            return words
-    said = re.findall(r"^hmar-mega: (.+)$", log, flags=re.M)
-    if said:
-        return str(said[-1])
-    if status < 0:
-        return f"killed by signal {-status}" + (" (often the system, for want of memory)" if status == -9 else "")
-    last = [line.strip() for line in log.splitlines() if line.strip()]
-    return f"exit status {status}: {last[-1] if last else 'it printed nothing'}"[:200]
-
-
-def record(path: Path, event: str, **values: Any) -> None:
-    """Add a line to a cell's attempts."""
-    row = {"event": event, "time": datetime.now().astimezone().isoformat(timespec="seconds"), **values}
-    with (path / ATTEMPTS_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def attempt_lock(path: Path) -> Iterator[None]:
-    """Hold a cell, so that no two attempts run at once; the system takes it back when the holder dies.
-
-    Raises:
-        UserError: when another attempt has it.
-    """
-    with (path / LOCK_FILE).open("w") as file:
-        for trial in range(10):  # `status` holds it for a moment to see whether it is free
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as err:
-                if err.errno not in (errno.EAGAIN, errno.EACCES) or trial == 9:
-                    raise UserError(f"cell {path.name} is being trained by another process; wait for it") from None
-                time.sleep(0.1)
-        yield
-
-
-def is_running(path: Path) -> bool:
-    """Whether an attempt of a cell holds its lock."""
-    if not (path / LOCK_FILE).exists():
-        return False
-    with (path / LOCK_FILE).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def count_attempts(path: Path) -> int:
-    """Attempts that were started."""
-    return len([row for row in _attempts(path) if row["event"] == "start"])
-
-
-def _attempts(path: Path) -> list[dict[str, Any]]:
-    file = path / ATTEMPTS_FILE
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+def _unfit_job(run: Path) -> str:
+    """Why a job of a cell ended before it could try, as where no node was fit; empty where none did."""
+    events = read_events(run)
+    if not events or events[-1].kind != "failed":
+        return ""
+    return f"its job {events[-1].job} ended: {events[-1].about.get('reason', '')}"
 
 
 def _progress(run: Path) -> tuple[int, float | None]:

@@ -1,5 +1,5 @@
 # What a job script does around the training: notes for `hmar-mega status`, signals, node checks, restarts.
-# The script sets run_dir, launch_dir, max_restarts, python, container and srun_options first.
+# The script sets run_dir, launch_dir, scripts, max_restarts, python, container and srun_options first.
 
 # note EVENT [KEY VALUE]…: one line of events.jsonl.
 note() {
@@ -21,7 +21,7 @@ begin() {
     echo "$attempt" >"$launch_dir/restarts"
   fi
   statuses=$launch_dir/statuses/$SLURM_JOB_ID-$attempt
-  export launch_dir attempt statuses
+  export launch_dir scripts attempt statuses
   mkdir -p "$statuses" "$launch_dir/logs" "$launch_dir/health" || exit 2
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   ends=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p')
@@ -30,6 +30,7 @@ begin() {
   trap on_usr1 USR1
   trap on_term TERM
   note started nodes "${nodes[*]}"
+  ((attempt <= max_restarts)) || stop failed "all $max_restarts restarts are used (--max-restarts)" 1
 }
 
 # address_of NODE: its name where that can be looked up, else the address that SLURM has.
@@ -74,7 +75,7 @@ check_nodes() {
   if [ -n "$collective" ]; then
     MASTER_ADDR=$(address_of "${nodes[0]}") MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) statuses= timeout 300 \
       srun "${srun_options[@]}" --kill-on-bad-exit=0 --wait=60 \
-      bash "$launch_dir/task.sh" "${container[@]}" "$python" -m hmar_mega.launchers.collective "$reports" \
+      bash "$scripts/task.sh" "${container[@]}" "$python" -m hmar_mega.launchers.collective "$reports" \
       --min-gb-per-s "$collective"
   fi
   for node in "${nodes[@]}"; do
@@ -95,20 +96,25 @@ check_nodes() {
 
 # decide: what the exit statuses of the processes mean for the job.
 decide() {
-  local all counted
+  local all
   all=$(cat "$statuses"/* 2>/dev/null)
   has() { grep -qx "$1" <<<"$all"; }
   echo "hmar-mega: srun ended with $step_status, the processes with $(sort <<<"$all" | uniq -c | tr -s ' \n' ' ')"
-  if finished; then stop completed "" 0; fi
+  if finished && ! has 75; then stop completed "" 0; fi    # 75: its last validation was put off
+  mapfile -t lost < <(lost_nodes)
   if [ -n "$terminated" ]; then
+    if ((${#lost[@]})); then    # SLURM ends and requeues a job that lost a node; one that was cancelled too will not start
+      note requeued reason "lost ${lost[*]}" excluded "$(exclude "${lost[@]}")"
+      exit 0
+    fi
     # near the limit it was the limit
     if ((ends > 0 && $(date +%s) >= ends - 5)); then next_job "time limit"; fi
     stop cancelled "saved and stopped as asked" 0
   fi
   if has 2; then stop failed "bad input" 2; fi
   if has 1; then stop failed "training failed" 1; fi
-  if has 75; then requeue preempted "asked to save and start again"; fi
-  mapfile -t lost < <(lost_nodes)
+  # 138: one of the signals that ask for it came where the program did not handle them, before or after it trained
+  if has 75 || { [ -n "$preempted" ] && has 138; }; then requeue preempted "asked to save and start again"; fi
   if has 76 || ((${#lost[@]})); then requeue requeued "lost ${lost[*]:-a process}" "${lost[@]}"; fi
   if ((step_status == 0)); then next_job "stopped with steps left"; fi
   stop failed "processes were killed (srun: $step_status)" "$step_status"
@@ -170,7 +176,9 @@ next_job() {
   count_restart "$1"
   excluded=$(exclude)
   next=$(sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" ${excluded:+--exclude="$excluded"} \
-    "$launch_dir/job.sbatch") || stop failed "sbatch refuses the next job ($1)" 1
+    ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} "$scripts/job.sbatch") ||
+    stop failed "sbatch refuses the next job ($1)" 1
+  [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || echo "$next" >>"$scripts/jobs"    # a sweep counts its cells as queued by it
   note chained reason "$1" next "$next"
   exit 0
 }

@@ -1,18 +1,18 @@
 #!/bin/bash
 # One training process of a job: where it stands among the others, its log, and its exit status noted.
-# srun or torchrun starts it as `task.sh PROGRAM ARGUMENTS`; $launch_dir, $attempt come from the job script.
+# srun or torchrun starts it as `task.sh PROGRAM ARGUMENTS`; $scripts, $launch_dir, $attempt come from the job script.
 
 export RANK=${RANK:-$SLURM_PROCID} WORLD_SIZE=${WORLD_SIZE:-$SLURM_NTASKS} LOCAL_RANK=${LOCAL_RANK:-$SLURM_LOCALID}
 
-. "$launch_dir/await.sh"
 exec >>"$launch_dir/logs/$SLURM_JOB_ID-$attempt-$SLURMD_NODENAME.log" 2>&1
 echo "rank $RANK of $WORLD_SIZE on $SLURMD_NODENAME, local rank $LOCAL_RANK: $*"
 
-# This shell must outlive the signals to note the status. The program starts with USR1 ignored: it installs its own
+# This shell ignores the signals, so that it lives to note the status: traps would interrupt `wait`, after which bash may
+# have forgotten how a program ended that ended at that moment. The program starts with USR1 ignored: it installs its own
 # handler within a second, and the job script sends the signal again.
-trap : USR1 TERM
-(trap - TERM; trap '' USR1; exec "$@") &
-await $!
+trap '' USR1 TERM
+(trap - TERM; exec "$@") &
+wait $!
 status=$?
 
 if [ -n "${statuses:-}" ]; then

@@ -135,15 +135,20 @@ class Loopback:
         self._kill_jobs(name)
 
     def _kill_jobs(self, node: str | None = None) -> None:
-        """Kill all processes of jobs of this cluster, of one node or of all."""
+        """Kill all processes of jobs of this cluster, of one node or of all, and the daemons of their steps."""
+        found, daemons = [], []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
                 own = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
                 if own and "SLURM_JOB_ID" in environment and node in (None, environment.get("SLURMD_NODENAME")):
-                    process.kill()
+                    found.append(process)
+                    daemons += [parent for parent in process.parents() if parent.name() == "slurmstepd"]
                 elif node is None and process.name() == "slurmstepd" and Path(process.cwd()) == self.folder:
-                    process.kill()  # it would wait for its node's daemon for ever
+                    daemons.append(process)  # it would wait for its node's daemon for ever
+        for process in (*daemons, *found):  # daemons first: they would tell the controller how their tasks ended
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
     def wait_for_idle(self, nodes: int, seconds: float = 20) -> None:
         """Wait until so many nodes can take jobs."""

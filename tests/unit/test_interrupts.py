@@ -47,6 +47,17 @@ def test_the_status_tells_a_launcher_whether_to_start_again(agreed, status):
     assert interrupts.status == status
 
 
+def test_once_all_agreed_to_stop_another_signal_ends_nothing():
+    """Ignored, not handled: where Python ends it gives up handlers, and the job script sends USR1 again and again."""
+    code = (
+        "import signal\nfrom hmar_mega.interrupts import Interrupts, Stop\n"
+        "with Interrupts() as interrupts:\n    interrupts.agreed = Stop.REQUEUE\n"
+        "ignored = [signal.getsignal(n) is signal.SIG_IGN for n in (signal.SIGUSR1, signal.SIGTERM)]\n"
+        "raise SystemExit(not all(ignored))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_handlers_can_stand_before_torch_is_imported():
     code = "import sys, hmar_mega.cli, hmar_mega.interrupts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,9 +12,10 @@ import yaml
 from hmar_mega.cli import main
 from hmar_mega.errors import UserError
 from hmar_mega.launchers import health, limits
+from hmar_mega.launchers.job import Job
 from hmar_mega.launchers.limits import Limits, check_job, check_shared, parse_sinfo
 from hmar_mega.launchers.prepare import templates
-from hmar_mega.launchers.slurm import Job, job_files, render, submit
+from hmar_mega.launchers.slurm import job_files, render, run_job, submit
 from hmar_mega.planning.cluster import Cluster, load_cluster, packaged_clusters
 from hmar_mega.planning.launch_settings import seconds_of
 
@@ -31,7 +32,7 @@ def cluster_of(device: str = "cuda", **launch: object) -> Cluster:
 
 def job_of(cluster: Cluster, run: Path = Path("/shared/runs/d16"), **given: object) -> Job:
     named = {"name": "d16", "time": "12:00:00", "partition": None, "max_restarts": 7, **given}
-    return Job(run, cluster, **named)  # type: ignore[arg-type]
+    return run_job(run, cluster, **named)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_the_script_asks_for_a_task_a_gpu_and_an_early_signal() -> None:
     directives = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")}
     assert directives >= {
         "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=12:00:00", "--signal=B:USR1@200", "--requeue",
-        "--no-kill", "--open-mode=append", "--partition=h100", "--account=images", "--qos=long", "--cpus-per-task=12",
+        "--open-mode=append", "--partition=h100", "--account=images", "--qos=long", "--cpus-per-task=12",
         "--output=/shared/runs/d16/launch/logs/job-%j.log",
     }  # fmt: skip
     assert "max_restarts=7\n" in text
@@ -170,7 +171,7 @@ def test_a_run_directory_that_nodes_do_not_share_is_refused(monkeypatch: pytest.
         check_shared(tmp_path, "/shared", 1)
     check_shared(tmp_path, str(tmp_path.parent), 4)
     monkeypatch.setattr(limits, "file_system", lambda path: "ext4")
-    with pytest.raises(UserError, match="lies on ext4, a file system of this machine, and the job has 2 nodes"):
+    with pytest.raises(UserError, match="lies on ext4, a file system of this machine, and up to 2 nodes write there"):
         check_shared(tmp_path, None, 2)
     check_shared(tmp_path, None, 1)
     monkeypatch.setattr(limits, "file_system", lambda path: "lustre")

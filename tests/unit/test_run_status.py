@@ -180,6 +180,15 @@ def test_the_command_prints_a_table_or_json(
     assert all(word in printed for word in ("d16", "running", "9/20", "22 s", "node1 node2"))
 
 
+def test_a_cell_of_a_sweep_has_the_name_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(status_module, "ask_queue", dict)
+    cell = MadeRun(tmp_path / "d4-w256-n512-s0-0a1b2c3d" / "run").notes(SUBMITTED, STARTED, ("completed", {}))
+    assert main(["status", str(cell.folder)]) == 0
+    assert "d4-w256-n512-s0-0a1b2c3d" in capsys.readouterr().out
+
+
 def test_watching_ends_when_all_have_ended(run: MadeRun, capsys: pytest.CaptureFixture[str]) -> None:
     run.notes(SUBMITTED, STARTED, ("completed", {}))
     assert main(["status", str(run.folder), "--watch"]) == 0
