@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from hmar_mega.data.damage import Damage
 from hmar_mega.data.index import require_kind
 from hmar_mega.data.order import SampleOrder
 from hmar_mega.data.reader import ImageSample, ShardReader
@@ -56,24 +57,36 @@ def image_to_tensor(
         place: where the crop lies between left and right, and between top and bottom: uniform numbers in [0, 1) for a
             random crop, each of the possible offsets equally likely; (0.5, 0.5) is the centre.
     """
+    return scale_pixels(torch.from_numpy(image_to_pixels(image, resolution, augment, place)))
+
+
+def scale_pixels(pixels: Tensor) -> Tensor:
+    """Pixels (…, 3, R, R) uint8 as float32 in [−1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def image_to_pixels(
+    image: Image.Image, resolution: int, augment: Augment, place: tuple[float, float] = (0.5, 0.5)
+) -> np.ndarray:
+    """As `image_to_tensor`, but (3, R, R) uint8: a quarter of the bytes to keep and to send."""
     image = to_rgb(image)
     shorter = round(CROP_SCALE * resolution) if augment == "crop" else resolution
     width, height = (side * shorter // min(image.size) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     left = int(place[0] * (width - resolution + 1))
     top = int(place[1] * (height - resolution + 1))
-    pixels = np.array(image.crop((left, top, left + resolution, top + resolution)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def decode_sample(sample: ImageSample) -> Image.Image:
-    """The decoded image of a sample; UserError, naming shard and key, when it is damaged."""
+    """The decoded image of a sample; Damage, naming shard and key, when it is damaged."""
     try:
         image = Image.open(io.BytesIO(sample.data))
         image.load()
     except DECODE_ERRORS as err:
-        raise UserError(
-            f"{sample.where} cannot be decoded: {describe_damage(err)}; restore the shard or make it anew"
+        raise Damage(
+            f"{sample.where} cannot be decoded: {describe_damage(err)}; restore the shard or make it anew", "content"
         ) from None
     return image
 

@@ -161,12 +161,21 @@ def load_offsets(folder: Path, shard: ShardEntry) -> Offsets:
         )
     path = offsets_path(tar)
     try:
-        return _unpack(path.read_bytes(), shard)
+        return stored_offsets(tar, shard)
     except FileNotFoundError:
         log.warning("%s is missing: rebuilding it from %s", path, shard.name)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as err:
         log.warning("%s does not fit %s (%s): rebuilding it", path, shard.name, err)
     return _rebuild(tar, shard)
+
+
+def stored_offsets(tar: Path, shard: ShardEntry) -> Offsets:
+    """The offsets of a tar from the file beside it, whatever became of the tar.
+
+    Raises:
+        OSError, ValueError, KeyError, EOFError, BadZipFile: when that file is missing, damaged or for another tar.
+    """
+    return _unpack(offsets_path(tar).read_bytes(), shard)
 
 
 def write_offsets(tar: Path, shard: ShardEntry, offsets: Offsets) -> None:

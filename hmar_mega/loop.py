@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hmar_mega.checkpoint.saver import CheckpointSaver, Outcome
 from hmar_mega.config import Config
-from hmar_mega.data.reader import StreamLoader
+from hmar_mega.data.stream import StreamLoader
 from hmar_mega.engine import Engine, TrainingError
 from hmar_mega.flops import device_peak, train_flops_per_image
 from hmar_mega.fp8_attention import choose_fp8_attention

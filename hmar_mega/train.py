@@ -38,7 +38,9 @@ from hmar_mega.checkpoint.sources import (
 )
 from hmar_mega.config import Config
 from hmar_mega.config_io import config_to_yaml
-from hmar_mega.data.reader import SampleOrder, ShardReader, StreamLoader, check_fingerprint, eval_batches
+from hmar_mega.data.order import SampleOrder
+from hmar_mega.data.reader import ShardReader, check_fingerprint
+from hmar_mega.data.stream import StreamLoader, eval_batches
 from hmar_mega.engine import Engine, micro_batch_size
 from hmar_mega.errors import UserError
 from hmar_mega.files import check_writable, write_atomic

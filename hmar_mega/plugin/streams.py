@@ -10,7 +10,9 @@ from typing import NamedTuple
 from megatron.core import parallel_state
 
 from hmar_mega.config import Config
-from hmar_mega.data.reader import Batch, SampleOrder, ShardReader, StreamLoader, eval_batches
+from hmar_mega.data.order import SampleOrder
+from hmar_mega.data.reader import ShardReader
+from hmar_mega.data.stream import Batch, StreamLoader, eval_batches
 from hmar_mega.engine import micro_batch_size
 from hmar_mega.errors import UserError
 from hmar_mega.plugin.model import load_tokenizer, run_config
