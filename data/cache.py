@@ -123,10 +123,7 @@ class ShardCache:
                     "where they are; raise data.cache_gb, or use data.shuffle=groups, which needs few shards at a time"
                 )
                 return
-            handle, name = tempfile.mkstemp(dir=self.folder, prefix=f".{shard.sha256}.", suffix=".partial")
-            fcntl.flock(handle, fcntl.LOCK_EX)  # shows that its maker lives
-            os.posix_fallocate(handle, 0, max(1, shard.bytes))  # counted from now on
-        partial = Path(name)
+            path, handle = self._reserve(shard)
         try:
             with os.fdopen(handle, "r+b") as target:
                 digest = hashlib.sha256()
@@ -140,12 +137,24 @@ class ShardCache:
                 if digest.hexdigest() != shard.sha256:
                     self._tell(f"{source} is not the shard of its index and is not copied to {self.folder}")
                     return
-                partial.chmod(0o644)
-                partial.replace(self._path(shard))
+                path.chmod(0o644)
+                path.replace(self._path(shard))
             self._asked.pop(shard.sha256, None)
             self.copied += 1
         finally:
-            partial.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def _reserve(self, shard: ShardEntry) -> tuple[Path, int]:
+        """A partial copy of the size it will have, which counts from now on, and its descriptor, locked."""
+        handle, name = tempfile.mkstemp(dir=self.folder, prefix=f".{shard.sha256}.", suffix=".partial")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # shows that its maker lives
+            os.posix_fallocate(handle, 0, max(1, shard.bytes))
+        except OSError:
+            os.close(handle)
+            Path(name).unlink()
+            raise
+        return Path(name), handle
 
     def _make_room(self, size: int) -> bool:
         """Remove the copies used longest ago until `size` bytes fit; whether they do. Holds the lock of the folder."""
