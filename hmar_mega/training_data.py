@@ -20,6 +20,7 @@ from hmar_mega.data.order import GroupedOrder, MixedOrder, Order, SampleOrder
 from hmar_mega.data.reader import ShardReader, check_fingerprint
 from hmar_mega.data.samples import Pixels, SampleSet
 from hmar_mega.data.stream import Loader, StreamLoader, eval_batches, eval_spans
+from hmar_mega.data.streams import TokenStream, TokenStreamLoader, open_stream
 from hmar_mega.errors import UserError
 from hmar_mega.micro_batches import micro_batch_size
 from hmar_mega.parallel.dims import ParallelDims
@@ -36,7 +37,7 @@ MAX_EVAL_SAMPLES = 50_000
 class TrainingData:
     """The opened data of a run; `classes` are the names of labels 0, 1, …."""
 
-    train: SampleSet
+    train: SampleSet | TokenStream
     validation: SampleSet | None
     classes: tuple[str, ...]
 
@@ -49,6 +50,7 @@ class TrainingData:
         """In which order a run sees the training samples."""
         data, seed = config.data, config.run.seed
         orders: list[Order] = []
+        assert isinstance(self.train, SampleSet)
         for reader in self.train.readers:
             if data.shuffle == "groups":
                 orders.append(GroupedOrder(reader.shard_sizes, seed, data.group_shards))
@@ -77,6 +79,8 @@ def open_data(config: Config, tokenizer: MultiScaleVQVAE) -> TrainingData:
     name = "images" if online else "train"
     places = [(f"data.mix[{n}]", part.path) for n, part in enumerate(data.mix)] or [(f"data.{name}", single)]
     cache = None if data.cache is None else ShardCache(Path(data.cache), int(data.cache_gb * 1e9))
+    if data.reader != "index":
+        return _open_stream(config, tokenizer)
     readers = [_open_folder(path, key, config, tokenizer, cache) for key, path in places]
     for (key, path), reader in zip(places[1:], readers[1:], strict=True):
         _check_classes(readers[0], reader, f"{key}={path}", f"{places[0][0]}={places[0][1]}")
@@ -100,6 +104,11 @@ def open_loader(config: Config, data: TrainingData, dp_rank: int, dp_size: int, 
     pin = settings.pin_memory if settings.pin_memory is not None else torch.cuda.is_available()
     if pin and not torch.cuda.is_available():
         raise UserError("data.pin_memory=true is for copies to a GPU, and there is none here; leave it out")
+    if isinstance(data.train, TokenStream):
+        return TokenStreamLoader(
+            data.train, settings.batch_plan, micro_batch_size(config, dp_size), dp_rank, dp_size, start_position,
+            config.run.seed, settings.prefetch,
+        )  # fmt: skip
     return StreamLoader(
         data.train, data.order(config), settings.batch_plan, micro_batch_size(config, dp_size), dp_rank, dp_size,
         start_position, settings.workers, settings.worker_kind, settings.prefetch, pin,
@@ -163,6 +172,28 @@ class Validation:
 def damage_policy(data: DataConfig) -> DamagePolicy:
     """What the settings say about damage."""
     return DamagePolicy(data.on_damage, data.max_damaged, data.read_timeout, data.read_retries)
+
+
+def _open_stream(config: Config, tokenizer: MultiScaleVQVAE) -> TrainingData:
+    """`data.train` as a stream of tokens; validation is read from a folder with an index as ever."""
+    data, classes = config.data, config.model.num_classes
+    if data.worker_kind == "processes" or data.pin_memory:
+        raise UserError(f"data.reader={data.reader} has one reading thread: leave out worker_kind and pin_memory")
+    stream = open_stream(
+        data.reader, str(data.train), data.stream_samples, config.schedule.scales.num_tokens,
+        tokenizer.config.codebook_size, classes, damage_policy(data),
+    )  # fmt: skip
+    names = tuple(str(number) for number in range(classes))
+    if stream.index is not None:
+        check_fingerprint(stream.index, tokenizer.fingerprint, config.schedule.scales.patch_nums)
+        names = stream.index.classes
+    validation = None
+    if data.val is not None:
+        reader = _open_folder(data.val, "data.val", config, tokenizer, None)
+        if stream.index is not None and reader.index.classes != stream.index.classes:
+            raise UserError(f"data.val={data.val} has other classes than data.train={data.train}; shard both alike")
+        validation = SampleSet([reader])
+    return TrainingData(stream, validation, names)
 
 
 def _pixels(config: Config, random: bool) -> Pixels:
