@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import errno
-import io
 import itertools
 import os
 import time
@@ -26,14 +25,24 @@ from hmar_mega.batches import BatchPlan
 from hmar_mega.data.index import Kind, Offsets, ShardIndex, load_offsets, read_index, require_kind
 from hmar_mega.data.order import SampleOrder
 from hmar_mega.data.threads import map_ahead
+from hmar_mega.data.tokens import TOKEN_FIELD, TokenCodec, choose_crops, npy_bytes
 from hmar_mega.errors import UserError
 from hmar_mega.micro_batches import check_batch_sizes
 
-__all__ = ["Batch", "Sample", "SampleOrder", "ShardReader", "StreamLoader", "check_fingerprint", "eval_batches"]
+__all__ = [
+    "TOKEN_FIELD",
+    "Batch",
+    "Sample",
+    "SampleOrder",
+    "ShardReader",
+    "StreamLoader",
+    "check_fingerprint",
+    "eval_batches",
+    "npy_bytes",
+]
 
 #: Names of an image's field in a sample: the format of its bytes.
 IMAGE_FIELDS = ("jpg", "png", "webp")
-TOKEN_FIELD = "npy"
 
 
 @dataclass(frozen=True)
@@ -85,14 +94,12 @@ class ShardReader:
         self.folder = Path(folder)
         self.index: ShardIndex = read_index(self.folder)
         require_kind(self.folder, self.index, kind)
+        self._codec = None if self.index.tokens is None else TokenCodec(self.index.tokens)
         self._shards = [load_offsets(self.folder, shard) for shard in self.index.shards]
         self._starts = [0, *itertools.accumulate(len(offsets) for offsets in self._shards)]
-        self._columns = [self._find_columns(shard, kind) for shard in range(len(self._shards))]
+        self._columns = [self._find_columns(shard) for shard in range(len(self._shards))]
         self._descriptors: dict[int, int] = {}
         weakref.finalize(self, _close_all, self._descriptors)
-        if self.index.tokens is not None:
-            self._num_tokens = sum(p * p for p in self.index.tokens.patch_nums)
-            self._npy_header = npy_bytes(np.empty(self._num_tokens, np.uint16))[: -2 * self._num_tokens]
 
     def __len__(self) -> int:
         return self.index.samples
@@ -110,10 +117,11 @@ class ShardReader:
         """Sample `index` of image shards; see `read`."""
         return ImageSample(*self._read(index))
 
-    def read_tokens(self, index: int) -> TokenSample:
-        """Sample `index` of token shards; see `read`."""
+    def read_tokens(self, index: int, crop: int = 0) -> TokenSample:
+        """Sample `index` of token shards, of its stored crops the one with number `crop`; see `read`."""
         key, label, data, where = self._read(index)
-        return TokenSample(key, label, self._parse_tokens(data, where), where)
+        assert self._codec is not None
+        return TokenSample(key, label, self._codec.decode(data, where, crop), where)
 
     def close(self) -> None:
         """Close the files, which also happens when the reader is forgotten; reading opens them again."""
@@ -130,10 +138,10 @@ class ShardReader:
         data = self._pread(shard, int(offsets.sizes[row, column]), int(offsets.starts[row, column]), where)
         return key, int(offsets.labels[row]), data, where
 
-    def _find_columns(self, shard: int, kind: Kind) -> np.ndarray:
+    def _find_columns(self, shard: int) -> np.ndarray:
         """For each sample of a shard the column of `Offsets` that holds its content, (n,) int64."""
         offsets: Offsets = self._shards[shard]
-        wanted = IMAGE_FIELDS if kind == "images" else (TOKEN_FIELD,)
+        wanted = IMAGE_FIELDS if self._codec is None else (self._codec.field,)
         present = (offsets.sizes >= 0) & np.isin(offsets.fields, wanted)[None, :]
         where = self.folder / self.index.shards[shard].name
         if not (present.sum(axis=1) == 1).all():
@@ -172,30 +180,10 @@ class ShardReader:
             os.close(opened)
         return kept
 
-    def _parse_tokens(self, data: bytes, where: str) -> np.ndarray:
-        assert self.index.tokens is not None
-        body = len(self._npy_header)
-        if len(data) != body + 2 * self._num_tokens or not data.startswith(self._npy_header):
-            raise UserError(f"{where} does not hold {self._num_tokens} tokens; restore the shard or make it anew")
-        tokens: np.ndarray = np.frombuffer(data, "<u2", offset=body).astype(np.int64)
-        if tokens.max() >= self.index.tokens.codebook_size:
-            raise UserError(
-                f"{where} has token {tokens.max()}, its codebook only {self.index.tokens.codebook_size}; "
-                "restore the shard or make it anew"
-            )
-        return tokens
-
 
 def _close_all(descriptors: dict[int, int]) -> None:
     while descriptors:
         os.close(descriptors.popitem()[1])
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """An array in NumPy's .npy format, version 1.0."""
-    file = io.BytesIO()
-    np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
-    return file.getvalue()
 
 
 def check_fingerprint(index: ShardIndex, tokenizer_fingerprint: str, patch_nums: Sequence[int] | None = None) -> None:
@@ -287,9 +275,18 @@ class StreamLoader:
     def _load_step(self, position: int) -> list[Batch]:
         share = self._plan.size_at(position) // self._dp_size
         start = position + self._dp_rank * share
-        samples = self._order.sample_indices(start, share).tolist()
+        indices = self._order.sample_indices(start, share)
+        assert self._reader.index.tokens is not None
+        stored = self._reader.index.tokens.crops
+        crops = choose_crops(stored, self._order.seed, len(self._reader), start, indices).tolist()
+        samples = indices.tolist()
         return [
-            _read_batch(self._reader, samples[at : at + self._micro_batch_size], start + at)
+            _read_batch(
+                self._reader,
+                samples[at : at + self._micro_batch_size],
+                start + at,
+                crops[at : at + self._micro_batch_size],
+            )
             for at in range(0, share, self._micro_batch_size)
         ]
 
@@ -306,11 +303,12 @@ def eval_batches(
     count = len(reader) if limit is None else min(limit, len(reader))
     start, end = count * dp_rank // dp_size, count * (dp_rank + 1) // dp_size
     for at in range(start, end, batch_size):
-        yield _read_batch(reader, range(at, min(at + batch_size, end)), at)
+        numbers = range(at, min(at + batch_size, end))
+        yield _read_batch(reader, numbers, at, [0] * len(numbers))
 
 
-def _read_batch(reader: ShardReader, samples: Sequence[int], position: int) -> Batch:
-    read = [reader.read_tokens(sample) for sample in samples]
+def _read_batch(reader: ShardReader, samples: Sequence[int], position: int, crops: Sequence[int]) -> Batch:
+    read = [reader.read_tokens(sample, crop) for sample, crop in zip(samples, crops, strict=True)]
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in read])),
         labels=torch.tensor([sample.label for sample in read]),
