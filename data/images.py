@@ -12,11 +12,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from hmar_mega.data.index import require_kind
 from hmar_mega.data.order import SampleOrder
+from hmar_mega.data.pixels import DECODE_ERRORS, describe_damage, to_rgb
 from hmar_mega.data.reader import ImageSample, ShardReader
 from hmar_mega.data.threads import map_ahead
 from hmar_mega.errors import UserError
@@ -25,22 +26,8 @@ from hmar_mega.rng import Purpose, uniform
 
 Augment = Literal["crop", "none"]
 
-#: What Pillow raises for bytes that are no image, or a damaged one.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-
 #: VAR's and HMAR's: the shorter side becomes 1.125 × resolution before the crop.
 CROP_SCALE = 1.125
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as 8-bit RGB, turned upright as its EXIF orientation says; what is transparent becomes white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip to 8
-        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def image_to_tensor(
@@ -76,13 +63,6 @@ def decode_sample(sample: ImageSample) -> Image.Image:
             f"{sample.where} cannot be decoded: {describe_damage(err)}; restore the shard or make it anew"
         ) from None
     return image
-
-
-def describe_damage(err: Exception) -> str:
-    """What is wrong with an image, from one of `DECODE_ERRORS`."""
-    if isinstance(err, UnidentifiedImageError):
-        return "not an image"  # Pillow's own message names a memory address
-    return str(err)
 
 
 class ImageStream:

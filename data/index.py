@@ -93,6 +93,7 @@ class ShardIndex(_Record):
         images: how images were stored; None for tokens, and where it is not known.
         notes: peculiarities met and dealt with, such as "palette", with the number of images.
         duplicates: images whose file has the bytes of an earlier one; `duplicates.csv` names them.
+        plan: names source and options that it was made from, see `hmar_mega.data.assembly`.
     """
 
     format: int = FORMAT_VERSION
@@ -105,6 +106,7 @@ class ShardIndex(_Record):
     skipped: tuple[SkippedImage, ...] = ()
     notes: dict[str, int] = {}
     duplicates: int = 0
+    plan: str | None = None
 
 
 @dataclass(frozen=True)
