@@ -106,7 +106,7 @@ class Assembly:
         Raises:
             UserError: when a part has no sample, or the folder cannot be written.
         """
-        with _lock(self.folder, "finish", wait=True):
+        with _lock(self.folder, "finish", wait=True) if self.folder.exists() else contextlib.nullcontext():
             if is_complete(self.out, self.plan):
                 return True
             records = [self.find(job) for job in self.jobs]
@@ -187,6 +187,9 @@ def open_assembly(out: Path, plan: str, jobs: list[ShardJob], part: str = WHOLE)
         raise cannot_write(out, err) from None
     try:
         with _lock(folder, part, wait=False):
+            if is_complete(out, plan):  # another process ended a moment ago, and this folder came after it
+                shutil.rmtree(folder, ignore_errors=True)
+                raise UserError(f"{out} is complete already")
             create_atomic(folder / PLAN, json.dumps({"plan": plan}))
             found = json.loads((folder / PLAN).read_text()).get("plan")
             if found != plan:

@@ -43,14 +43,20 @@ def image_to_tensor(
         place: where the crop lies between left and right, and between top and bottom: uniform numbers in [0, 1) for a
             random crop, each of the possible offsets equally likely; (0.5, 0.5) is the centre.
     """
+    return image_crops(image, resolution, augment, [place])[0]
+
+
+def image_crops(image: Image.Image, resolution: int, augment: Augment, places: Sequence[tuple[float, float]]) -> Tensor:
+    """Several crops of an image that is resized once, (len(places), 3, R, R); each as `image_to_tensor` makes it."""
     image = to_rgb(image)
     shorter = round(CROP_SCALE * resolution) if augment == "crop" else resolution
     width, height = (side * shorter // min(image.size) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left = int(place[0] * (width - resolution + 1))
-    top = int(place[1] * (height - resolution + 1))
-    pixels = np.array(image.crop((left, top, left + resolution, top + resolution)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    pixels = np.array(image.resize((width, height), Image.Resampling.LANCZOS))
+    crops = []
+    for across, down in places:
+        left, top = int(across * (width - resolution + 1)), int(down * (height - resolution + 1))
+        crops.append(pixels[top : top + resolution, left : left + resolution])
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def decode_sample(sample: ImageSample) -> Image.Image:

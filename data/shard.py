@@ -42,7 +42,7 @@ from hmar_mega.errors import UserError
 from hmar_mega.progress import track
 from hmar_mega.rng import Purpose
 
-__all__ = ["ShardPlan", "ShardSettings", "image_fields", "plan_shards", "shard_images"]
+__all__ = ["ShardPlan", "ShardSettings", "image_fields", "plan_lines", "plan_shards", "shard_images"]
 
 #: Images that are encoded beforehand to learn how much smaller or larger they become.
 TRIAL_IMAGES = 32
@@ -298,6 +298,24 @@ def class_map(classes: Sequence[str], names: Sequence[str]) -> str:
     """`classes.json`, which `sample --class-names` takes: number → name, or → [identity, name] where they differ."""
     pairs = [[identity, name] for identity, name in zip(classes, names, strict=True)] if names else list(classes)
     return json.dumps(dict(enumerate(pairs)), indent=1, ensure_ascii=False) + "\n"
+
+
+def plan_lines(plan: ShardPlan, out: Path) -> list[str]:
+    """What `shard_images` would make, as lines of text."""
+    source = plan.source
+    lines = [f"{source.kind}, {len(source.classes)} classes: {', '.join(source.classes[:10])}"]
+    lines[0] += ", …" if len(source.classes) > 10 else ""
+    for part, items in plan.parts.items():
+        shards = [job for job, _ in plan.jobs if job.part == part]
+        size = sum(max(0, item.size) for item in items)
+        known = f", {size / 1e6:,.1f} MB as they are" if all(item.size >= 0 for item in items) else ""
+        used = len({item.label for item in items})
+        lines.append(
+            f"{out / part}: {len(items):,} images of {used} classes in {len(shards)} shards, the first of "
+            f"{shards[0].count if shards else 0:,} images{known}"
+        )
+    lines += [f"lost: {name}: {reason}" for name, reason in source.lost]
+    return [*lines, "nothing was written (--dry-run)"]
 
 
 def _summary(indexes: Mapping[str, ShardIndex], out: Path, done: int) -> str:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 from hmar_mega.data.assembly import Assembly, ShardJob, ShardRecord
 from hmar_mega.data.pixels import Storing, UnusableImage, image_fields, store_image
+from hmar_mega.data.processes import map_processes
 from hmar_mega.data.sources.base import Item
 from hmar_mega.data.tars import Sample, write_shard
 from hmar_mega.errors import UserError
@@ -82,50 +77,11 @@ def read_item(item: Item) -> bytes:
 
 
 def run_tasks(tasks: Iterator[ShardTask], workers: int) -> Iterator[ShardJob]:
-    """Make shards in `workers` processes, 1: in this one; gives each that is finished, in any order.
-
-    After an error the shards that are being made are still finished, then the error is raised.
-
-    Raises:
-        UserError: of a task, or when a process was killed.
-    """
-    if workers <= 1:
-        try:
-            yield from map(make_shard, tasks)
-        finally:
-            close_files()
-        return
-    # Spawned: torch, which this process may have loaded, does not survive a fork well.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        pending: set[Future[ShardJob]] = set()
-        try:
-            pending = {pool.submit(make_shard, task) for task in islice(tasks, 2 * workers)}
-            while pending:
-                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                pending |= {pool.submit(make_shard, task) for task in islice(tasks, len(finished))}
-                for future in finished:
-                    yield future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed, perhaps for want of memory; run the command again, with fewer --workers"
-            ) from None
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="hmar-parent").start()
+    """Make shards in `workers` processes; gives each that is finished, in any order. Errors: see `map_processes`."""
+    try:
+        yield from map_processes(make_shard, tasks, workers)
+    finally:
+        close_files()
 
 
 def close_files() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,3 +136,22 @@ def walk_tar(file: SeekableFile, length: int) -> Walk:
         what = "nothing" if not marker else "no header and no end marker"
         return Walk(tuple(members), f"at byte {end} there is {what}: what came after it is lost")
     return Walk(tuple(members))
+
+
+def samples_of(walk: Walk) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Each sample's key and files by field, in stored order.
+
+    A sample is a run of files with the same key: their name up to the first dot of its last part (WebDataset's rule).
+    """
+    key, fields = "", dict[str, Member]()
+    for member in walk.members:
+        folder, _, last = member.name.rpartition("/")
+        stem, _, field = last.partition(".")
+        here = f"{folder}/{stem}" if folder else stem
+        if here != key and fields:
+            yield key, fields
+            fields = {}
+        key = here
+        fields[field.lower()] = member
+    if fields:
+        yield key, fields

@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     SPLIT_ORDER = 35
     STORED_CROP = 36
     CROP_CHOICE = 37
+    SAMPLE_VIEW = 38
     SAMPLE = 4096  #: one stream a (scale, pass): SAMPLE·(scale + 1) + pass
     SMOOTH = 1 << 30  #: added to a pass's SAMPLE stream: the Gumbel noise of its tokens, one position a token
 

@@ -15,7 +15,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 
 from hmar_mega.data.index import INDEX_NAME, read_index
 from hmar_mega.data.sources.base import EXTENSIONS, Item, Source, SourceOptions, label_names, may_spool
-from hmar_mega.data.tars import Member, SeekableFile, Walk, walk_tar
+from hmar_mega.data.tars import Member, SeekableFile, Walk, samples_of, walk_tar
 from hmar_mega.errors import UserError
 from hmar_mega.files import open_atomic
 
@@ -112,7 +112,7 @@ def _samples(path: Path, url: str, options: SourceOptions, lost: list[tuple[str,
     """Each image with its label as text, in stored order; samples without an image or a label go to `lost`."""
     with _open(path) as file:
         walk = _walk(file, path.stat().st_size, url, options, lost)
-        for key, fields in _by_sample(walk):
+        for key, fields in samples_of(walk):
             where = f"{Path(url).name if not url.startswith(PIPE) else url}: {key}"
             image = _image_member(fields, options)
             label = _label(file, fields, options)
@@ -121,22 +121,6 @@ def _samples(path: Path, url: str, options: SourceOptions, lost: list[tuple[str,
                 lost.append((where, what))
                 continue
             yield Item(str(path), image.start, image.size, where, 0), label
-
-
-def _by_sample(walk: Walk) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Runs of files with the same key: their name up to the first dot of its last part (WebDataset's rule)."""
-    key, fields = None, {}
-    for member in walk.members:
-        folder, _, last = member.name.rpartition("/")
-        stem, _, field = last.partition(".")
-        here = f"{folder}/{stem}" if folder else stem
-        if here != key:
-            if key is not None:
-                yield key, fields
-            key, fields = here, {}
-        fields[field.lower()] = member
-    if key is not None:
-        yield key, fields
 
 
 def _image_member(fields: dict[str, Member], options: SourceOptions) -> Member | None:

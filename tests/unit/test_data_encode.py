@@ -17,7 +17,7 @@ from hmar_mega.data.reader import ShardReader, check_fingerprint
 from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
 from hmar_mega.scales import ScaleSchedule
-from hmar_mega.tokenizer.encode import encode_shards, split_scales
+from hmar_mega.tokenizer.encode import EncodeSettings, encode_shards, split_scales
 
 
 class MeanTokenizer:
@@ -50,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_image_becomes_its_tokens_with_key_and_label(images, tmp_path):
-    encode_shards(images, MeanTokenizer(), tmp_path / "out", batch_size=4, progress=False)
+    encode_shards(images, MeanTokenizer(), tmp_path / "out", EncodeSettings(batch_size=4), progress=False)
     pixels, tokens = ShardReader(images, "images"), ShardReader(tmp_path / "out", "tokens")
     assert len(tokens) == 11
     for number in range(11):
@@ -69,14 +69,20 @@ def test_index_says_what_the_tokens_are(images, tmp_path):
         "codebook_size": 300,
         "fingerprint": "mean-1",
         "resolution": 16,
+        "crops": 1,
+        "crop_seed": None,
+        "storage": "packed",
+        "bits": 9,
+        "augment": "none",
+        "compute": "fp32",
     }
     check_fingerprint(index, MeanTokenizer().fingerprint, MeanTokenizer().schedule.patch_nums)
 
 
-def test_a_sample_is_stored_as_one_uint16_array(images, tmp_path):
+def test_other_programs_can_read_npy_shards(images, tmp_path):
     import webdataset
 
-    encode_shards(images, MeanTokenizer(), tmp_path / "out", progress=False)
+    encode_shards(images, MeanTokenizer(), tmp_path / "out", EncodeSettings(storage="npy"), progress=False)
     dataset = webdataset.WebDataset(str(tmp_path / "out" / "shard-000000.tar"), shardshuffle=False).decode()
     sample = next(iter(dataset))
     assert (sample["npy"].dtype, sample["npy"].shape, sample["cls"]) == (np.uint16, (21,), 0)
@@ -84,15 +90,14 @@ def test_a_sample_is_stored_as_one_uint16_array(images, tmp_path):
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (5, 2), (64, 3)])
 def test_batch_size_and_threads_do_not_change_a_byte(images, tmp_path, batch_size, workers):
-    encode_shards(images, MeanTokenizer(), tmp_path / "one", progress=False, samples_per_shard=4)
-    encode_shards(
-        images, MeanTokenizer(), tmp_path / "two", batch_size, progress=False, samples_per_shard=4, workers=workers
-    )
+    one, two = EncodeSettings(samples_per_shard=4), EncodeSettings(batch_size, samples_per_shard=4, workers=workers)
+    encode_shards(images, MeanTokenizer(), tmp_path / "one", one, progress=False)
+    encode_shards(images, MeanTokenizer(), tmp_path / "two", two, progress=False)
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
 def test_augment_crop_takes_the_centre_of_the_enlarged_image(images, tmp_path):
-    encode_shards(images, MeanTokenizer(), tmp_path / "out", augment="crop", progress=False)
+    encode_shards(images, MeanTokenizer(), tmp_path / "out", EncodeSettings(augment="crop"), progress=False)
     image = decode_sample(ShardReader(images, "images").read_image(10))
     with torch.no_grad():
         expected = MeanTokenizer().encode(image_to_tensor(image, 16, "crop")[None])[0]
@@ -143,9 +148,11 @@ def test_used_output_and_empty_batches_are_refused(images, tmp_path):
     with pytest.raises(UserError, match="is not an empty folder"):
         encode_shards(images, MeanTokenizer(), images, progress=False)
     with pytest.raises(UserError, match="batch_size=0"):
-        encode_shards(images, MeanTokenizer(), tmp_path / "out", batch_size=0, progress=False)
+        encode_shards(images, MeanTokenizer(), tmp_path / "out", EncodeSettings(batch_size=0), progress=False)
 
 
 def test_closing_line_tells_what_was_written(images, tmp_path, capsys):
     encode_shards(images, MeanTokenizer(), tmp_path / "out")
-    assert "11 images as 21 tokens each in 1 shards at" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "11 images as 21 tokens each in 1 shards at" in printed
+    assert "24 bytes an image (9 bits a token)" in printed
