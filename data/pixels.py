@@ -52,7 +52,7 @@ class Storing:
     encoding: Encoding = "keep"
     quality: int = 95
     shorter_side: int | None = None
-    max_pixels: int = PILLOW_LIMIT
+    max_pixels: int = 100_000_000
 
 
 @dataclass(frozen=True)
