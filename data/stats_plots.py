@@ -88,11 +88,12 @@ def _resolutions(stats: Stats) -> Figure:
     left.set_xlabel("width in pixels")
     left.set_ylabel("height in pixels")
     left.set_title(f"sizes of {len(width):,} images")
-    kilobytes = stats.file_bytes / 1000
-    right.hist(kilobytes, bins=min(60, max(5, len(np.unique(kilobytes)))), color=BLUE)
-    right.axvline(float(np.median(kilobytes)), color=ORANGE, linewidth=1.5)
-    right.set_title(f"bytes a file: median {np.median(kilobytes):,.1f} kB, mean {kilobytes.mean():,.1f} kB")
-    right.set_xlabel("kB")
+    unit, factor = ("kB", 1000) if stats.file_bytes.max() >= 10_000 else ("bytes", 1)
+    amounts = stats.file_bytes / factor
+    right.hist(amounts, bins=min(60, max(5, len(np.unique(amounts)))), color=BLUE)
+    right.axvline(float(np.median(amounts)), color=ORANGE, linewidth=1.5)
+    right.set_title(f"{unit} a file: median {np.median(amounts):,.0f}, mean {amounts.mean():,.0f}")
+    right.set_xlabel(unit)
     right.set_ylabel("images")
     return figure
 
