@@ -20,7 +20,7 @@ from typing import Literal
 from zipfile import BadZipFile
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
@@ -55,24 +55,58 @@ class SkippedImage(_Record):
 
 
 class TokenFormat(_Record):
-    """What the tokens of a folder are: `patch_nums` splits a sample's N integers into its K maps."""
+    """What the tokens of a folder are: `patch_nums` splits a sample's N integers into its K maps.
+
+    Attributes:
+        crops: k, the encodings of every image, of crops drawn with `crop_seed`; 1: of its centre.
+        storage, bits: how a sample is stored, see `hmar_mega.data.tokens`.
+        augment: "crop" when the shorter side was 1.125 × resolution before the crop, "none" when it was the resolution.
+        compute: the precision of the tokenizer's convolutions.
+    """
 
     patch_nums: tuple[int, ...]
     codebook_size: int
     fingerprint: str
     resolution: int
+    crops: int = Field(1, ge=1)
+    crop_seed: int | None = None
+    storage: Literal["npy", "packed"] = "npy"
+    bits: int = Field(16, ge=1, le=16)
+    augment: Literal["crop", "none"] | None = None
+    compute: Literal["fp32", "bf16"] = "fp32"
+
+
+class ImageFormat(_Record):
+    """How images were stored: as they came (`keep`), or encoded anew with a quality, and perhaps made smaller."""
+
+    encoding: Literal["keep", "jpeg", "png", "webp"]
+    quality: int | None = None
+    shorter_side: int | None = None
 
 
 class ShardIndex(_Record):
-    """The content of `index.json`. `classes` are the names of labels 0, 1, …; `tokens` is None for images."""
+    """The content of `index.json`.
+
+    Attributes:
+        classes: the names of labels 0, 1, ….
+        tokens: None for images.
+        images: how images were stored; None for tokens, and where it is not known.
+        notes: peculiarities met and dealt with, such as "palette", with the number of images.
+        duplicates: images whose file has the bytes of an earlier one; `duplicates.csv` names them.
+        plan: names source and options that it was made from, see `hmar_mega.data.assembly`.
+    """
 
     format: int = FORMAT_VERSION
     kind: Kind
     samples: int
     classes: tuple[str, ...]
     tokens: TokenFormat | None = None
+    images: ImageFormat | None = None
     shards: tuple[ShardEntry, ...]
     skipped: tuple[SkippedImage, ...] = ()
+    notes: dict[str, int] = {}
+    duplicates: int = 0
+    plan: str | None = None
 
 
 @dataclass(frozen=True)

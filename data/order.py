@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -50,6 +50,10 @@ class Order(Protocol):
         """The samples at positions `start` … `start + count − 1`, (count,) int64."""
         ...
 
+    def epochs(self, start: int, count: int) -> np.ndarray:
+        """At the same positions, how often each sample's own set was gone through before, (count,) int64."""
+        ...
+
 
 class SampleOrder:
     """The order in which a run sees a set of samples.
@@ -74,6 +78,10 @@ class SampleOrder:
     def epoch(self, position: int) -> int:
         """The epoch that `position` falls into."""
         return position // self.num_samples
+
+    def epochs(self, start: int, count: int) -> np.ndarray:
+        """The epochs of positions `start` … `start + count − 1`, (count,) int64."""
+        return np.arange(start, start + count) // self.num_samples
 
     def sample_index(self, position: int) -> int:
         """The sample at `position`, in [0, num_samples)."""
@@ -163,14 +171,26 @@ class MixedOrder:
 
     def sample_indices(self, start: int, count: int) -> np.ndarray:
         """The samples at positions `start` … `start + count − 1`, (count,) int64, numbered through all sets."""
+        return self._gather(
+            start,
+            count,
+            lambda number, first, taken: self._orders[number].sample_indices(first, taken) + self._starts[number],
+        )
+
+    def epochs(self, start: int, count: int) -> np.ndarray:
+        """At the same positions, how often each sample's own set was gone through before, (count,) int64."""
+        return self._gather(start, count, lambda number, first, taken: self._orders[number].epochs(first, taken))
+
+    def _gather(self, start: int, count: int, own: Callable[[int, int, int], np.ndarray]) -> np.ndarray:
+        """What `own(set, its first position, how many)` gives for the sets, at the positions they take."""
         period = len(self._pattern)
         chosen = self._pattern[np.arange(start, start + count) % period]
-        samples = np.empty(count, np.int64)
-        for number, order in enumerate(self._orders):
+        gathered = np.empty(count, np.int64)
+        for number in range(len(self._orders)):
             first = start // period * int(self._weights[number]) + int(self._before[start % period, number])
             mine = chosen == number
-            samples[mine] = order.sample_indices(first, int(mine.sum())) + self._starts[number]
-        return samples
+            gathered[mine] = own(number, first, int(mine.sum()))
+        return gathered
 
 
 def _even_pattern(weights: np.ndarray) -> np.ndarray:

@@ -8,7 +8,6 @@ compared with name and size in the index.
 from __future__ import annotations
 
 import bisect
-import io
 import itertools
 import logging
 from collections.abc import Sequence
@@ -32,9 +31,10 @@ from hmar_mega.data.index import (
 from hmar_mega.data.patience import read_patiently
 from hmar_mega.data.shard_files import ShardFiles
 from hmar_mega.data.threads import map_ahead
+from hmar_mega.data.tokens import TOKEN_FIELD, TokenCodec, npy_bytes
 from hmar_mega.errors import UserError
 
-__all__ = ["Sample", "ShardReader", "check_fingerprint", "npy_bytes"]
+__all__ = ["TOKEN_FIELD", "Sample", "ShardReader", "check_fingerprint", "npy_bytes"]
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,6 @@ OPENERS = 8
 
 #: Names of an image's field in a sample: the format of its bytes.
 IMAGE_FIELDS = ("jpg", "png", "webp")
-TOKEN_FIELD = "npy"
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,11 @@ class ShardReader:
         self.index: ShardIndex = read_index(self.folder)
         require_kind(self.folder, self.index, kind)
         self._cache = cache
+        self._codec = None if self.index.tokens is None else TokenCodec(self.index.tokens)
         self._files = ShardFiles(self.folder, self.index.shards, self.policy, cache)
         self._shards = self._open_shards()
         self._starts = [0, *itertools.accumulate(self.shard_sizes)]
-        self._columns = [self._find_columns(shard, kind) for shard in range(len(self._shards))]
-        if self.index.tokens is not None:
-            self._num_tokens = sum(p * p for p in self.index.tokens.patch_nums)
-            self._npy_header = npy_bytes(np.empty(self._num_tokens, np.uint16))[: -2 * self._num_tokens]
+        self._columns = [self._find_columns(shard) for shard in range(len(self._shards))]
 
     def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, Kind, DamagePolicy, ShardCache | None]]:
         return ShardReader, (self.folder, self.kind, self.policy, self._cache)
@@ -135,10 +132,14 @@ class ShardReader:
         """Sample `index` of image shards; see `read`."""
         return ImageSample(*self._read(index))
 
-    def read_tokens(self, index: int) -> TokenSample:
-        """Sample `index` of token shards; see `read`."""
+    def read_tokens(self, index: int, crop: int = 0) -> TokenSample:
+        """Sample `index` of token shards, of its stored crops the one with number `crop`; see `read`."""
         key, label, data, where = self._read(index)
-        return TokenSample(key, label, self._parse_tokens(data, where), where)
+        assert self._codec is not None
+        try:
+            return TokenSample(key, label, self._codec.decode(data, where, crop), where)
+        except UserError as err:
+            raise Damage(str(err), "content") from None
 
     def stalled(self, index: int) -> Damage:
         """The damage of a sample whose read gave no answer; its shard's further reads fail at once for a while."""
@@ -211,12 +212,12 @@ class ShardReader:
         _check_header(data[:HEADER], f"{key}.{offsets.fields[column]}", size, where)
         return key, int(offsets.labels[row]), data[HEADER:], where
 
-    def _find_columns(self, shard: int, kind: Kind) -> np.ndarray | None:
+    def _find_columns(self, shard: int) -> np.ndarray | None:
         """For each sample of a shard the column of `Offsets` that holds its content, (n,) int64."""
         offsets = self._shards[shard]
         if offsets is None:
             return None
-        wanted = IMAGE_FIELDS if kind == "images" else (TOKEN_FIELD,)
+        wanted = IMAGE_FIELDS if self._codec is None else (self._codec.field,)
         present = (offsets.sizes >= 0) & np.isin(offsets.fields, wanted)[None, :]
         where = self._files.path(shard)
         if not (present.sum(axis=1) == 1).all():
@@ -230,22 +231,6 @@ class ShardReader:
             raise UserError(f"shard {where} has labels outside 0 … {classes - 1}; make the shards anew")
         columns: np.ndarray = present.argmax(axis=1)
         return columns
-
-    def _parse_tokens(self, data: bytes, where: str) -> np.ndarray:
-        assert self.index.tokens is not None
-        body = len(self._npy_header)
-        if len(data) != body + 2 * self._num_tokens or not data.startswith(self._npy_header):
-            raise Damage(
-                f"{where} does not hold {self._num_tokens} tokens; restore the shard or make it anew", "content"
-            )
-        tokens: np.ndarray = np.frombuffer(data, "<u2", offset=body).astype(np.int64)
-        if tokens.max() >= self.index.tokens.codebook_size:
-            raise Damage(
-                f"{where} has token {tokens.max()}, its codebook only {self.index.tokens.codebook_size}; "
-                "restore the shard or make it anew",
-                "content",
-            )
-        return tokens
 
 
 def _check_header(header: bytes, name: str, size: int, where: str) -> None:
@@ -261,13 +246,6 @@ def _check_header(header: bytes, name: str, size: int, where: str) -> None:
             f"{where} is not where the index says: the header before it names {stored[:40]!r}; restore the shard or "
             "make it anew", "content",
         )  # fmt: skip
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """An array in NumPy's .npy format, version 1.0."""
-    file = io.BytesIO()
-    np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
-    return file.getvalue()
 
 
 def check_fingerprint(index: ShardIndex, tokenizer_fingerprint: str, patch_nums: Sequence[int] | None = None) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from hmar_mega.data.damage import Damage, DamagePolicy, Lost
-from hmar_mega.data.images import Augment, decode_sample, image_to_pixels
+from hmar_mega.data.images import Augment, crop_pixels, decode_sample
 from hmar_mega.data.patience import read_patiently
 from hmar_mega.data.reader import ShardReader
+from hmar_mega.data.tokens import choose_crops
 from hmar_mega.rng import Purpose, uniform
 
 #: Other samples that are tried in the place of a damaged one.
@@ -36,11 +37,17 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Request:
-    """Samples to read: those at stream positions `start`, `start + 1`, …; `seed` is that of the run."""
+    """Samples to read: those at stream positions `start`, `start + 1`, …
+
+    Attributes:
+        seed: of the run.
+        epochs: of each sample's own set, by which one of its stored crops is chosen; None: always the first.
+    """
 
     start: int
     samples: tuple[int, ...]
     seed: int
+    epochs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Share:
 class _Item:
     sample: int
     place: tuple[float, float]
+    crop: int
 
 
 @dataclass(frozen=True)
@@ -115,8 +123,8 @@ class SampleSet:
         Raises:
             Damage: for a sample that cannot be read under `stop`; under `skip` when none in its place can be either.
         """
-        places = self._places(request)
-        items = [_Item(sample, place) for sample, place in zip(request.samples, places, strict=True)]
+        chosen = zip(request.samples, self._places(request), self._crops(request), strict=True)
+        items = [_Item(sample, place, crop) for sample, place, crop in chosen]
         found = self._read(items, closed)
         lost = []
         for number, damage in enumerate(found):
@@ -141,6 +149,22 @@ class SampleSet:
         drawn = uniform(torch.tensor(request.seed), positions, Purpose.CROP, 2)
         return [(u, v) for u, v in drawn.tolist()]
 
+    def _crops(self, request: Request) -> list[int]:
+        """Which stored crop each token sample shows."""
+        stored = [1 if r.index.tokens is None else r.index.tokens.crops for r in self.readers]
+        crops = np.zeros(len(request.samples), np.int64)
+        if max(stored) == 1 or request.epochs is None:
+            return crops.tolist()
+        samples, epochs = np.array(request.samples), np.array(request.epochs)
+        folders = np.searchsorted(self._starts, samples, side="right") - 1
+        for folder, count in enumerate(stored):
+            size = len(self.readers[folder])
+            for epoch in np.unique(epochs[folders == folder]).tolist():
+                mine = (folders == folder) & (epochs == epoch)
+                own = samples[mine] - self._starts[folder]
+                crops[mine] = choose_crops(count, request.seed, size, epoch * size, own)
+        return crops.tolist()
+
     def _substitute(
         self, item: _Item, position: int, seed: int, damage: Damage, closed: threading.Event | None
     ) -> tuple[int, _Loaded]:
@@ -149,7 +173,7 @@ class SampleSet:
         first, count = self._starts[folder], len(self.readers[folder])
         drawn = uniform(torch.tensor(seed), torch.tensor([position]), Purpose.SUBSTITUTE, SUBSTITUTES)[0]
         for number in (drawn.double() * count).long().tolist():
-            found = self._read([_Item(first + number, item.place)], closed)[0]
+            found = self._read([_Item(first + number, item.place, item.crop)], closed)[0]
             if isinstance(found, _Loaded):
                 return first + number, found
         raise Damage(f"{damage}; none of {SUBSTITUTES} others in its place could be read either", damage.kind)
@@ -161,11 +185,11 @@ class SampleSet:
         folder = self._folder_of(item.sample)
         reader, number = self.readers[folder], item.sample - self._starts[folder]
         if self.pixels is None:
-            tokens = reader.read_tokens(number)
+            tokens = reader.read_tokens(number, item.crop)
             return _Loaded(tokens.tokens, tokens.label, tokens.key)
         sample = reader.read_image(number)
         image = decode_sample(sample)
-        value = image_to_pixels(image, self.pixels.resolution, self.pixels.augment, item.place)
+        value = crop_pixels(image, self.pixels.resolution, self.pixels.augment, [item.place])[0]
         return _Loaded(value, sample.label, sample.key)
 
     def _folder_of(self, sample: int) -> int:

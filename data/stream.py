@@ -151,7 +151,8 @@ class StreamLoader:
     def _load_step(self, position: int) -> tuple[Share, list[Any]]:
         count = self._plan.size_at(position) // self._dp_size
         start = position + self._dp_rank * count
-        request = Request(start, tuple(self._order.sample_indices(start, count).tolist()), self._order.seed)
+        samples, epochs = self._order.sample_indices(start, count), self._order.epochs(start, count)
+        request = Request(start, tuple(samples.tolist()), self._order.seed, tuple(epochs.tolist()))
         if self._processes is not None:
             share = self._processes.load_share(request)
         else:

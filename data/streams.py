@@ -8,13 +8,12 @@ by stream position (label drop, masks, drop-path) stays as it is.
 from __future__ import annotations
 
 import importlib.util
-import io
 import logging
 import queue
 import random
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,11 +24,11 @@ import webdataset
 
 from hmar_mega.batches import BatchPlan
 from hmar_mega.data.damage import Damage, DamageAccount, DamagePolicy, Lost
-from hmar_mega.data.index import INDEX_NAME, LABEL_FIELD, ShardIndex, read_index, require_kind
+from hmar_mega.data.index import INDEX_NAME, LABEL_FIELD, ShardIndex, TokenFormat, read_index, require_kind
 from hmar_mega.data.patience import read_patiently
-from hmar_mega.data.reader import TOKEN_FIELD
 from hmar_mega.data.stream import Batch
 from hmar_mega.data.threads import map_ahead
+from hmar_mega.data.tokens import TokenCodec, bits_for
 from hmar_mega.errors import UserError
 from hmar_mega.micro_batches import check_batch_sizes
 
@@ -55,15 +54,17 @@ class TokenStream:
         reader: which library reads it.
         source: a folder of shards, or for webdataset any URLs it takes: braces, `pipe:`, joined by `::`.
         index: of the folder, which says how many samples each tar must give; None for other sources.
-        num_tokens, codebook_size, num_classes: what a sample must fit.
+        codecs: how tokens are read, by the field that holds them.
+        crops: stored of every image, one of which is drawn.
+        num_classes: what labels must be below.
         num_samples: of an epoch.
     """
 
     reader: Literal["webdataset", "energon"]
     source: str
     index: ShardIndex | None
-    num_tokens: int
-    codebook_size: int
+    codecs: Mapping[str, TokenCodec]
+    crops: int
     num_classes: int
     num_samples: int
     policy: DamagePolicy
@@ -78,10 +79,13 @@ class TokenStream:
 
 
 def open_stream(
-    reader: Literal["webdataset", "energon"], source: str, num_samples: int | None, num_tokens: int,
-    codebook_size: int, num_classes: int, policy: DamagePolicy,
+    reader: Literal["webdataset", "energon"], source: str, num_samples: int | None, tokens: TokenFormat,
+    num_classes: int, policy: DamagePolicy,
 ) -> TokenStream:  # fmt: skip
     """A stream, and in the log what it cannot do.
+
+    Args:
+        tokens: what the model reads; how they are stored is the index's to say, or the samples' own fields.
 
     Raises:
         UserError: when the library is missing, the folder is not prepared for it, or the number of samples is unknown.
@@ -108,7 +112,13 @@ def open_stream(
         )  # fmt: skip
     count = num_samples if index is None else index.samples
     assert count is not None
-    return TokenStream(reader, source, index, num_tokens, codebook_size, num_classes, count, policy)
+    if index is not None and index.tokens is not None:
+        formats = [index.tokens]
+    else:
+        packed = {"storage": "packed", "bits": bits_for(tokens.codebook_size)}
+        formats = [tokens, tokens.model_copy(update=packed)]
+    codecs = {codec.field: codec for codec in map(TokenCodec, formats)}
+    return TokenStream(reader, source, index, codecs, formats[0].crops, num_classes, count, policy)
 
 
 class TokenStreamLoader:
@@ -198,20 +208,19 @@ def _batch(rows: list[tuple[np.ndarray, int, str]], start: int) -> Batch:
     return Batch(torch.from_numpy(np.stack(tokens)), torch.tensor(labels), positions, keys)
 
 
-def _decode(sample: dict[str, Any], stream: TokenStream, where: str) -> tuple[np.ndarray, int, str]:
+def _decode(
+    sample: dict[str, Any], stream: TokenStream, where: str, draw: random.Random
+) -> tuple[np.ndarray, int, str]:
     """(tokens (N,) int64, label, key) of a sample's fields; Damage when they are not those of the model."""
     try:
-        tokens = np.load(io.BytesIO(sample[TOKEN_FIELD]), allow_pickle=False)
+        field, codec = next((f, c) for f, c in stream.codecs.items() if f in sample)
         label = int(sample[LABEL_FIELD])
-    except (KeyError, ValueError, OSError, EOFError) as err:
+        tokens = codec.decode(sample[field], f"{where}: sample {sample['__key__']}", draw.randrange(stream.crops))
+    except (KeyError, StopIteration, ValueError) as err:
         raise Damage(f"{where}: sample {sample.get('__key__')} cannot be decoded: {err!r}", "content") from None
-    fits = tokens.shape == (stream.num_tokens,) and tokens.dtype.kind in "ui"
-    if not (fits and tokens.min() >= 0 and tokens.max() < stream.codebook_size and 0 <= label < stream.num_classes):
-        raise Damage(
-            f"{where}: sample {sample['__key__']} does not hold {stream.num_tokens} tokens below "
-            f"{stream.codebook_size} and a label below {stream.num_classes}", "content",
-        )  # fmt: skip
-    return tokens.astype(np.int64), label, str(sample["__key__"])
+    if not 0 <= label < stream.num_classes:
+        raise Damage(f"{where}: sample {sample['__key__']} has label {label} of {stream.num_classes}", "content")
+    return tokens, label, str(sample["__key__"])
 
 
 def _shuffled(samples: Iterator[Found], draw: random.Random) -> Iterator[Found]:
@@ -247,7 +256,7 @@ def _webdataset_samples(
             for sample in tar:
                 seen += 1
                 try:
-                    row = _decode(sample, stream, url)
+                    row = _decode(sample, stream, url, draw)
                 except Damage as damage:
                     note(damage, 1)
                     continue
@@ -293,7 +302,7 @@ def _energon_samples(
     )  # fmt: skip
     for sample in energon.get_loader(dataset):
         try:
-            row = _decode(sample, stream, f"{stream.source}/{sample['__shard__']}")
+            row = _decode(sample, stream, f"{stream.source}/{sample['__shard__']}", draw)
         except Damage as damage:
             note(damage, 1)
             continue

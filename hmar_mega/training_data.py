@@ -15,7 +15,7 @@ from hmar_mega.config import Config
 from hmar_mega.config_data import DataConfig
 from hmar_mega.data.cache import ShardCache
 from hmar_mega.data.damage import DamagePolicy
-from hmar_mega.data.index import Kind
+from hmar_mega.data.index import Kind, TokenFormat
 from hmar_mega.data.order import GroupedOrder, MixedOrder, Order, SampleOrder
 from hmar_mega.data.reader import ShardReader, check_fingerprint
 from hmar_mega.data.samples import Pixels, SampleSet
@@ -179,10 +179,11 @@ def _open_stream(config: Config, tokenizer: MultiScaleVQVAE) -> TrainingData:
     data, classes = config.data, config.model.num_classes
     if data.worker_kind == "processes" or data.pin_memory:
         raise UserError(f"data.reader={data.reader} has one reading thread: leave out worker_kind and pin_memory")
-    stream = open_stream(
-        data.reader, str(data.train), data.stream_samples, config.schedule.scales.num_tokens,
-        tokenizer.config.codebook_size, classes, damage_policy(data),
+    tokens = TokenFormat(
+        patch_nums=config.schedule.scales.patch_nums, codebook_size=tokenizer.config.codebook_size,
+        fingerprint=tokenizer.fingerprint, resolution=config.schedule.resolution,
     )  # fmt: skip
+    stream = open_stream(data.reader, str(data.train), data.stream_samples, tokens, classes, damage_policy(data))
     names = tuple(str(number) for number in range(classes))
     if stream.index is not None:
         check_fingerprint(stream.index, tokenizer.fingerprint, config.schedule.scales.patch_nums)

@@ -266,3 +266,24 @@ def test_a_full_disk_leaves_the_original_to_be_read(folders, tmp_path, monkeypat
     wait_for(lambda: "the disk is full" in caplog.text)
     assert not list(cache.folder.glob("*.tar"))
     assert not list(cache.folder.glob(".*.partial"))
+
+
+def test_sets_of_a_mixture_choose_their_stored_crops_by_their_own_epochs(tmp_path):
+    """k = 3 crops: in three epochs of its own set every sample shows each of them once."""
+    tokens, sizes = TOKENS.model_copy(update={"crops": 3}), (4, 6)
+    for name, size in zip("ab", sizes, strict=True):
+        with open_shards(tmp_path / name, "tokens", ("a",), 4, tokens) as writer:
+            for number in range(size):
+                rows = np.arange(3, dtype=np.uint16)[:, None] + np.zeros(5, np.uint16)
+                writer.write(f"{name}{number}", 0, {"npy": npy_bytes(rows)})
+    samples = SampleSet([ShardReader(tmp_path / name, "tokens") for name in "ab"])
+    order = MixedOrder([SampleOrder(size, 0) for size in sizes], [2, 1])
+    stream = StreamLoader(samples, order, 9, 9, 0, 1, workers=0)
+    shown: dict[str, list[int]] = {}
+    for _ in range(6):  # 54 positions: 36 of the first set, 18 of the second, 9 and 3 epochs
+        (batch,) = next(stream)
+        for key, crop in zip(batch.keys, batch.tokens[:, 0].tolist(), strict=True):
+            shown.setdefault(key, []).append(crop)
+    assert {len(crops) for crops in shown.values()} == {9, 3}
+    for crops in shown.values():
+        assert all(sorted(crops[at : at + 3]) == [0, 1, 2] for at in range(0, len(crops), 3))

@@ -32,7 +32,7 @@ def folder(tmp_path) -> Path:
 
 
 def loader(source: str, policy: DamagePolicy = SKIP, reader="webdataset", rank=0, world=1, at=0) -> TokenStreamLoader:
-    stream = open_stream(reader, source, COUNT, 5, 256, 2, policy)
+    stream = open_stream(reader, source, COUNT, TOKENS, 2, policy)
     return TokenStreamLoader(stream, BatchPlan.constant(20), 5, rank, world, at, seed=0)
 
 
@@ -114,11 +114,11 @@ def test_nothing_readable_ends_the_run_instead_of_looking_for_ever(tmp_path):
 
 def test_what_a_stream_needs_is_said(folder, monkeypatch):
     with pytest.raises(UserError, match=r"data\.stream_samples"):
-        open_stream("webdataset", str(folder / "shard-000000.tar"), None, 5, 256, 2, SKIP)
+        open_stream("webdataset", str(folder / "shard-000000.tar"), None, TOKENS, 2, SKIP)
     monkeypatch.setitem(sys.modules, "megatron.energon", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'hmar-mega\[energon\]'"):
-        open_stream("energon", str(folder), None, 5, 256, 2, SKIP)
+        open_stream("energon", str(folder), None, TOKENS, 2, SKIP)
 
 
 def test_energon_gives_its_samples(folder):
