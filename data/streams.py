@@ -45,6 +45,9 @@ AHEAD = 4
 
 Found = TypeVar("Found")
 
+#: Called with damage and the number of samples it cost.
+Note = Callable[[Damage, int], None]
+
 
 @dataclass(frozen=True)
 class TokenStream:
@@ -140,8 +143,13 @@ class TokenStreamLoader:
         self._damage: queue.SimpleQueue[tuple[Damage, int]] = queue.SimpleQueue()
         self._ended: Damage | None = None
         draw = random.Random(f"{seed} {start_position} {dp_rank}")
-        find = _webdataset_samples if stream.reader == "webdataset" else _energon_samples
-        self._samples = find(stream, draw, dp_rank, dp_size, self._note)
+        if stream.reader == "energon":
+            from hmar_mega.data.energon_stream import energon_samples  # an optional dependency
+
+            raw = energon_samples(stream.source, draw, dp_rank, dp_size, min(SHUFFLE_BUFFER, len(stream)), self._note)
+            self._samples = _decoded(raw, stream, draw, self._note)
+        else:
+            self._samples = _webdataset_samples(stream, draw, self._note)
         self._steps = map_ahead(self._load_step, batches.positions(start_position), 1, prefetch or AHEAD)
 
     def __next__(self) -> list[Batch]:
@@ -234,9 +242,20 @@ def _shuffled(samples: Iterator[Found], draw: random.Random) -> Iterator[Found]:
             yield held.pop()
 
 
-def _webdataset_samples(
-    stream: TokenStream, draw: random.Random, dp_rank: int, dp_size: int, note: Callable[[Damage, int], None]
+def _decoded(
+    raw: Iterator[tuple[str, dict[str, Any]]], stream: TokenStream, draw: random.Random, note: Note
 ) -> Iterator[tuple[np.ndarray, int, str]]:
+    """The rows of (where, fields); what cannot be decoded is noted."""
+    for where, sample in raw:
+        try:
+            row = _decode(sample, stream, where, draw)
+        except Damage as damage:
+            note(damage, 1)
+            continue
+        yield row
+
+
+def _webdataset_samples(stream: TokenStream, draw: random.Random, note: Note) -> Iterator[tuple[np.ndarray, int, str]]:
     """Samples of shards drawn at random, without end; what a tar should have held and did not is noted."""
     expected: dict[str, int] = {}
     if stream.index is not None:
@@ -255,13 +274,9 @@ def _webdataset_samples(
             )
             for sample in tar:
                 seen += 1
-                try:
-                    row = _decode(sample, stream, url, draw)
-                except Damage as damage:
-                    note(damage, 1)
-                    continue
-                given += 1
-                yield row
+                for row in _decoded(iter([(url, sample)]), stream, draw, note):
+                    given += 1
+                    yield row
             missing = max(0, expected.get(url, seen) - seen)
             if errors or missing:
                 why = "; ".join(str(err) for err in errors) or "its end cannot be found behind a damaged header"
@@ -272,38 +287,3 @@ def _webdataset_samples(
 
     # A small set would fill the buffer with many copies of itself before the first sample is given.
     return _shuffled(read(), draw) if stream.num_samples > SHUFFLE_BUFFER else read()
-
-
-def _energon_samples(
-    stream: TokenStream, draw: random.Random, dp_rank: int, dp_size: int, note: Callable[[Damage, int], None]
-) -> Iterator[tuple[np.ndarray, int, str]]:
-    """Samples in energon's own order; this rank's part of the shards."""
-    from megatron import energon
-
-    @energon.stateless
-    def as_it_is(sample: Any) -> Any:
-        return sample
-
-    class AsItIs(energon.DefaultTaskEncoder):  # type: ignore[misc]
-        decoder = None
-        cookers = (energon.Cooker(as_it_is),)
-
-        @energon.stateless
-        def encode_sample(self, sample: Any) -> Any:
-            return sample
-
-    workers = energon.WorkerConfig(
-        rank=dp_rank, world_size=dp_size, num_workers=0, seed_offset=draw.randrange(2**20),
-        global_error_handler=lambda err, *_: note(Damage(f"{stream.source}: {err}", "content"), 1),
-    )  # fmt: skip
-    dataset = energon.get_train_dataset(
-        stream.source, worker_config=workers, batch_size=None, max_samples_per_sequence=None,
-        shuffle_buffer_size=min(SHUFFLE_BUFFER, stream.num_samples), task_encoder=AsItIs(),
-    )  # fmt: skip
-    for sample in energon.get_loader(dataset):
-        try:
-            row = _decode(sample, stream, f"{stream.source}/{sample['__shard__']}", draw)
-        except Damage as damage:
-            note(damage, 1)
-            continue
-        yield row
