@@ -206,7 +206,7 @@ class ShardReader:
             raise self._files.lost[shard].again()
         column = columns[row]
         key = offsets.keys[row].decode()
-        where = f"{self._files.path(shard)}: sample {key}"
+        where = f"{self._files.name(shard)}: sample {key}"
         size, start = int(offsets.sizes[row, column]), int(offsets.starts[row, column])
         data = self._files.read(shard, HEADER + size, start - HEADER, where)
         _check_header(data[:HEADER], f"{key}.{offsets.fields[column]}", size, where)
