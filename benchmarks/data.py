@@ -211,8 +211,8 @@ def main() -> None:
     results = []
     load = psutil.getloadavg()[0]
     about = (
-        f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 1e9:.0f} GB, page cache warm; {sizes.images:,} images, "
-        f"{sizes.tokens:,} token samples; load average {load:.1f} at the start"
+        f"{os.cpu_count()} CPU cores, {psutil.virtual_memory().total / 1e9:.0f} GB, page cache warm; "
+        f"{sizes.images:,} images, {sizes.tokens:,} token samples; load average {load:.1f} at the start"
     )
     wanted = [r for r in READERS if args.readers == "all" or any(w.strip() in r for w in args.readers.split(","))]
     for kind in choices(args.kinds, KINDS, "--kinds", parser):
