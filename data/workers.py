@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import queue
 import signal
 import threading
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -35,6 +37,8 @@ class WorkerProcesses:
             theirs.close()
             self._processes.append(process)
             self._idle.put((process, ours))
+        # At its end Python asks its children to end and waits for them; these do not listen to SIGTERM.
+        multiprocessing.util.Finalize(self, _kill, args=(self._processes,), exitpriority=10)
 
     def load_share(self, request: Request) -> Share:
         """What `SampleSet.load_share` gives, from a process that has nothing else to do.
@@ -61,8 +65,12 @@ class WorkerProcesses:
 
     def close(self) -> None:
         """End the processes, whatever they are doing; calls under way fail."""
-        for process in self._processes:
-            process.kill()
+        _kill(self._processes)
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _serve(connection: Connection, samples: SampleSet) -> None:

@@ -124,7 +124,7 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
                 loop.train(run)
             finally:
                 run.saver.close()
-        run.loader.close()
+                run.loader.close()
     return folder
 
 

@@ -14,7 +14,7 @@ import torch
 from hmar_mega.config import Config
 from hmar_mega.config_data import DataConfig
 from hmar_mega.data.cache import ShardCache
-from hmar_mega.data.damage import DamagePolicy
+from hmar_mega.data.damage import DamageAccount, DamagePolicy
 from hmar_mega.data.index import Kind, TokenFormat
 from hmar_mega.data.order import GroupedOrder, MixedOrder, Order, SampleOrder
 from hmar_mega.data.reader import ShardReader, check_fingerprint
@@ -91,6 +91,9 @@ def open_data(config: Config, tokenizer: MultiScaleVQVAE) -> TrainingData:
         reader = _open_folder(held_out, key, config, tokenizer, cache)
         _check_classes(readers[0], reader, f"{key}={held_out}", f"{places[0][0]}={places[0][1]}")
         validation = SampleSet([reader], _pixels(config, random=False) if online else None)
+    for samples in (train, validation):
+        if samples is not None:
+            DamageAccount.of(samples)  # refuses a set of which too much is gone, before anything else is done
     return TrainingData(train, validation, readers[0].index.classes)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ from hmar_mega.scales import PATCH_NUMS, ScaleSchedule
 from hmar_mega.tokenizer.quantizer import MultiScaleQuantizer
 
 #: By its path: in the repository's root `import data` would find the room of that name.
-data = SourceFileLoader("benchmarks_data", str(Path(attention.__file__).with_name("data.py"))).load_module()
+_spec = importlib.util.spec_from_file_location("benchmarks_data", Path(attention.__file__).with_name("data.py"))
+assert _spec is not None
+assert _spec.loader is not None
+data = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(data)
 
 #: What one H100 reached.
 H100 = Limits(matmul_tflops=778, copy_gbps=3027)
