@@ -77,7 +77,9 @@ def open_data(config: Config, tokenizer: MultiScaleVQVAE) -> TrainingData:
     online = data.encode == "online"
     single, held_out = (data.images, data.images_val) if online else (data.train, data.val)
     name = "images" if online else "train"
-    places = [(f"data.mix[{n}]", part.path) for n, part in enumerate(data.mix)] or [(f"data.{name}", single)]
+    places: list[tuple[str, str | None]] = [(f"data.mix[{n}]", part.path) for n, part in enumerate(data.mix)] or [
+        (f"data.{name}", single)
+    ]
     cache = None if data.cache is None else ShardCache(Path(data.cache), int(data.cache_gb * 1e9))
     if data.reader != "index":
         return _open_stream(config, tokenizer)

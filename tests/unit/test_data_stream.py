@@ -287,3 +287,16 @@ def test_sets_of_a_mixture_choose_their_stored_crops_by_their_own_epochs(tmp_pat
     assert {len(crops) for crops in shown.values()} == {9, 3}
     for crops in shown.values():
         assert all(sorted(crops[at : at + 3]) == [0, 1, 2] for at in range(0, len(crops), 3))
+
+
+def test_processes_that_share_a_cache_copy_each_shard_once(folders, tmp_path):
+    """Two caches on one folder stand for two processes: their locks are of different open files."""
+    caches = [ShardCache(tmp_path / "cache", 10**9) for _ in range(2)]
+    readers = [ShardReader(folders[0], "tokens", cache=cache) for cache in caches]
+    for reader in readers:
+        assert read_all(reader) == list(range(SIZES[0]))
+    copies(caches[0], 6)
+    for reader in readers:
+        assert read_all(reader) == list(range(SIZES[0]))
+    assert sum(cache.copied for cache in caches) == 6
+    assert not list((tmp_path / "cache").glob(".*.partial"))
