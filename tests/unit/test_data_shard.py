@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import io
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -254,6 +255,17 @@ def test_processes_make_the_same_bytes(src, tmp_path):
 def test_a_process_that_is_killed_is_an_error():
     with pytest.raises(UserError, match="a worker process was killed"):
         list(map_processes(os._exit, [9], workers=2))
+
+
+def test_without_a_terminal_progress_is_logged(src, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("hmar_mega.progress.SECONDS_A_LINE", 0.0)
+    with caplog.at_level("INFO"):
+        shard_images(src, tmp_path / "out", ShardSettings(samples_per_shard=4))
+    lines = [record.getMessage() for record in caplog.records if record.name == "hmar_mega.progress"]
+    assert [re.sub(r"[\d,]+/s", "R/s", line) for line in lines[:2]] == [
+        "shard: 4 of 12, R/s, 0 min left",
+        "shard: 8 of 12, R/s, 0 min left",
+    ]
 
 
 # The command
