@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import data_damage
@@ -35,9 +37,19 @@ NAMED = {
     "index_cut": "images/index.json",
     "bad_images": "b/half.jpg",
     "full_while_sharding": "images.partial/shard-",
-    "full_while_encoding": "tokens.partial/shard-000000.tar",
+    "full_while_encoding": "tokens.partial/",
     "read_only": "place/images",
 }
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this process may mount file systems."""
+    place = folder / "mounted"
+    place.mkdir()
+    mounted = data_damage._mount(place, "ro")
+    if mounted:
+        subprocess.run(["umount", str(place)], check=True)
+    return mounted
 
 
 def test_every_scenario_has_its_expectation():
@@ -46,6 +58,8 @@ def test_every_scenario_has_its_expectation():
 
 @pytest.mark.parametrize("scenario", data_damage.SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_damage_is_told_named_and_counted(scenario, tmp_path):
+    if scenario is data_damage.read_only and os.geteuid() == 0 and not can_mount(tmp_path):
+        pytest.skip("root may write anywhere, and cannot mount a read-only file system here")
     row = scenario(tmp_path)
     assert (list(row.kinds), row.lost) == EXPECTED[scenario.__name__]
     assert NAMED.get(scenario.__name__, "shard-000001.tar") in row.said
