@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import io
 import json
 import os
@@ -211,10 +210,10 @@ def stale_offsets(root: Path) -> Row:
 
 
 def token_out_of_range(root: Path) -> Row:
-    """A token that the codebook does not have: 9 bits a token were needed, and the tokens were made with 8."""
+    """An index that says a smaller codebook than the tokens are from."""
     folder = make_tokens(root)
     tree = json.loads((folder / "index.json").read_text())
-    tree["tokens"]["codebook_size"] = 200
+    tree["tokens"]["codebook_size"] = 130
     (folder / "index.json").write_text(json.dumps(tree))
     return checked("a codebook smaller than some tokens, looked at with --deep", folder, deep=True)
 
@@ -282,46 +281,72 @@ def source_truncations(root: Path) -> Iterator[Row]:
     for number, cut in enumerate(sorted(np.random.RandomState(2).choice(len(whole), OFFSETS, replace=False).tolist())):
         second(source).write_bytes(whole[:cut])
         damage = f"source tar cut after {cut:,} of {len(whole):,} bytes"
-        with contextlib.suppress(UserError):
+        try:
             shard_images(source, root / f"stop{number}", ShardSettings(PER_SHARD), progress=False)
-            raise AssertionError(f"cut at {cut}: not noticed")
+        except UserError as err:
+            stopped = "shard-000001.tar" in str(err)
+        else:
+            stopped = False
         settings = ShardSettings(PER_SHARD, damaged_tars="skip")
         index = shard_images(source, root / f"skip{number}", settings, progress=False)[""]
         lost = SAMPLES - index.samples
-        if lost != int((ends > cut).sum()):
-            raise AssertionError(f"cut at {cut}: {lost} lost")
+        if lost != int((ends > cut).sum()) or (lost and not stopped):
+            raise AssertionError(f"cut at {cut}: {lost} lost, stopped: {stopped}")
         named = [image for image in index.skipped if "shard-000001.tar" in image.source]
         said = "; ".join(f"{Path(image.source).name}: {image.reason}" for image in named)
+        said = said or "nothing: only the zeros behind the end marker are gone"
         yield Row(damage, ("skipped",) * len(named), said.replace(f"{root}/", ""), lost, SAMPLES)
 
 
 @contextlib.contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: what a full disk is to a file that is being written."""
+def small_disk(place: Path, kilobytes: int, file_bytes: int) -> Iterator[Callable[[], object]]:
+    """`place` as a disk of so many kilobytes, where this process may mount one; gives a function that makes room.
+
+    Elsewhere no file may grow beyond `file_bytes`, which a writer cannot tell from a full disk.
+    """
+    place.mkdir()
+    if _mount(place, f"size={kilobytes}k"):
+        try:
+            yield lambda: _mount(place, "remount,size=64m")
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
     try:
-        yield
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def _stopped(damage: str, out: Path, run: Callable[[], object], undisturbed: Path) -> Row:
+def _mount(place: Path, options: str) -> bool:
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        return False
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def _stopped(
+    damage: str, out: Path, make_room: Callable[[], object], run: Callable[[Path], object], undisturbed: Path
+) -> Row:
     """A command that is stopped by its disk: nothing under OUT, no half shard, and the same bytes when it goes on."""
     stopped = ""
-    with file_size_limit(40_000):
-        try:
-            run()
-        except UserError as err:
-            stopped = str(err)
+    try:
+        run(out)
+    except UserError as err:
+        stopped = str(err)
     partial = partial_folder(out)
-    found = sorted(path.name for path in partial.glob("*.tar"))
+    found = list(partial.glob(".state/*.json"))
     halves = sorted(path.name for path in partial.glob(".shard*"))
     if not stopped or out.exists() or halves:
         raise AssertionError(f"{damage}: error {stopped!r}, {out} {out.exists()}, {halves}")
-    run()
+    make_room()
+    run(out)
     lost = 0 if content(out) == content(undisturbed) else SAMPLES
-    said = f"{stopped.replace(f'{out.parent}/', '')}. {len(found)} finished shards stayed; the same command then ended"
+    said = (
+        f"{stopped.replace(f'{out.parent}/', '')}. {len(found)} finished shards stayed, nothing half-written; with "
+        "room, the same command ended with the same bytes"
+    )
     return Row(damage, ("error",), said, lost, SAMPLES)
 
 
@@ -331,59 +356,47 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def full_while_sharding(root: Path) -> Row:
-    """No room for the shard with a large image in it."""
-    src = make_source(root, large=5)
-    shard_images(src, root / "undisturbed", ShardSettings(4), progress=False)
-    out = root / "images"
-    return _stopped(
-        "disk full while sharding", out, lambda: shard_images(src, out, ShardSettings(4), False), root / "undisturbed"
-    )
+    """A disk with room for a few of six shards."""
+    src, settings = make_source(root, large=7), ShardSettings(4)
+
+    def run(out: Path) -> None:
+        shard_images(src, out, settings, progress=False)
+
+    run(root / "undisturbed")
+    with small_disk(root / "disk", 100, 40_000) as make_room:
+        return _stopped("disk full while sharding", root / "disk" / "images", make_room, run, root / "undisturbed")
 
 
 def full_while_encoding(root: Path) -> Row:
-    """No room for token shards as large as these."""
-    images = make_shards(root)
-    settings = EncodeSettings(samples_per_shard=16, workers=0)  # the second shard is smaller, and never begun
-    encode_shards(images, FlatTokenizer(), root / "undisturbed", settings, progress=False)
-    out = root / "tokens"
+    """A disk with room for a few of six shards of tokens."""
+    images, settings = make_shards(root), EncodeSettings(samples_per_shard=4, workers=0)
 
-    def run() -> None:
+    def run(out: Path) -> None:
         encode_shards(images, FlatTokenizer(), out, settings, progress=False)
 
-    return _stopped("disk full while encoding", out, run, root / "undisturbed")
+    run(root / "undisturbed")
+    with small_disk(root / "disk", 80, 8000) as make_room:
+        return _stopped("disk full while encoding", root / "disk" / "tokens", make_room, run, root / "undisturbed")
 
 
 def read_only(root: Path) -> Row:
-    """A folder that may only be read; as root, who may write anywhere, one whose file system says so."""
-    src = make_source(root)
-    place = root / "place"
+    """A folder that may only be read: by its file system where this process may mount one, else by its permissions."""
+    src, place = make_source(root), root / "place"
     place.mkdir()
-    with _read_only(place):
-        try:
-            shard_images(src, place / "images", ShardSettings(PER_SHARD), progress=False)
-        except UserError as err:
-            said = str(err).replace(f"{root}/", "")
-        else:
-            raise AssertionError("written to a read-only folder")
-        if any(place.iterdir()):
-            raise AssertionError("something was left in a read-only folder")
-    return Row("read-only folder", ("error",), said, 0, SAMPLES)
-
-
-@contextlib.contextmanager
-def _read_only(place: Path) -> Iterator[None]:
-    if os.geteuid() != 0:
+    mounted = _mount(place, "ro")
+    if not mounted:
         place.chmod(0o500)
-        yield
-        place.chmod(0o700)
-        return
-    from unittest import mock
-
-    def refuse(path: Path, *_args: object, **_options: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system", str(path))
-
-    with mock.patch.object(Path, "mkdir", refuse):
-        yield
+    said = ""
+    try:
+        shard_images(src, place / "images", ShardSettings(PER_SHARD), progress=False)
+    except UserError as err:
+        said = str(err).replace(f"{root}/", "")
+    left = list(place.iterdir())
+    if mounted:
+        subprocess.run(["umount", str(place)], check=True)
+    if not said or left:
+        raise AssertionError(f"written to a read-only folder: {left}")
+    return Row("read-only folder", ("error",), said, 0, SAMPLES)
 
 
 def killed(root: Path) -> Row:

@@ -116,7 +116,8 @@ def check_folder(
     shards = tuple(reports[name] for name in dict.fromkeys(entry.name for entry in index.shards))
     problems = [problem for report in shards for problem in report.problems]
     problems += _folder_problems(folder, index, keys, fingerprint)
-    return Report(str(folder), index.kind, deep, index.samples, whole, shards, tuple(problems))
+    recorded = sum(report.recorded for report in shards)  # not the index's own sum: a shard may stand in it twice
+    return Report(str(folder), index.kind, deep, recorded, whole, shards, tuple(problems))
 
 
 def _folder_problems(

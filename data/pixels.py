@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,7 +105,7 @@ def store_image(data: bytes, storing: Storing) -> StoredImage:
         UnusableImage: when it cannot be decoded, is too large, or is of a format that cannot be kept.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with _open(data) as image:
             width, height = image.size
             if width * height > storing.max_pixels:
                 raise UnusableImage(
@@ -122,6 +123,12 @@ def store_image(data: bytes, storing: Storing) -> StoredImage:
             return _encode(image, storing, notes)
     except DECODE_ERRORS as err:
         raise UnusableImage(describe_damage(err)) from None
+
+
+def _open(data: bytes) -> Image.Image:
+    with warnings.catch_warnings():  # Pillow's own limit, half as high as where it refuses: ours decides
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data))
 
 
 def _encode(image: Image.Image, storing: Storing, notes: tuple[str, ...]) -> StoredImage:

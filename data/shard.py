@@ -129,7 +129,7 @@ def shard_images(
     with track("shard", total, progress) as tally:
         with open_assembly(out, plan.fingerprint, jobs) as assembly:
             tasks, done = _missing(assembly, plan, settings)
-            tally.advance(done)
+            tally.already(done)
             for job in run_tasks(tasks, workers):
                 tally.advance(job.count)
             indexes = _finish(assembly, plan, settings)

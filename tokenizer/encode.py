@@ -144,7 +144,7 @@ def encode_shards(
             for job in missing:
                 assembly.remove_leftovers(job)
             new = sum(job.count for job in missing)
-            tally.advance(sum(job.count for job in own) - new)
+            tally.already(sum(job.count for job in own) - new)
             if len(missing) < len(own):
                 log.info("going on: %d of %d shards are there", len(own) - len(missing), len(own))
             work = _Encoding(reader, tokenizer, tokens, settings, device)

@@ -211,10 +211,10 @@ def _image_arrays(column: Any, path: Path, name: str) -> tuple[Any, list[str | N
     """The bytes of a column of images, and the paths of those that are files."""
     pa = _pyarrow()
     if pa.types.is_struct(column.type):
-        fields = {field.name for field in column.type}
+        # flatten: unlike `field`, it knows of rows that are missing as a whole
+        fields = dict(zip((field.name for field in column.type), column.flatten(), strict=True))
         if "bytes" in fields:
-            files = column.field("path").to_pylist() if "path" in fields else [None] * len(column)
-            return column.field("bytes"), files
+            return fields["bytes"], fields["path"].to_pylist() if "path" in fields else [None] * len(column)
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         return column, [None] * len(column)
     raise UserError(f"{path}: column {name} has type {column.type}; images are bytes, or a struct with `bytes`")
@@ -245,8 +245,8 @@ def _spooled(
     path: Path, batches: Iterator[Any], columns: _Columns, options: SourceOptions, row: int
 ) -> Iterator[tuple[Item | None, str]]:
     """Images copied into a file of their own, once: a second start finds it, with its list of places."""
-    stem = options.spool / f"{path.parent.name}-{path.name}-{row}"
-    images, listing = stem.with_suffix(".bin"), stem.with_suffix(".npz")
+    stem = f"{path.parent.name}-{path.name}-{row}"
+    images, listing = options.spool / f"{stem}.bin", options.spool / f"{stem}.npz"
     if not listing.exists():
         may_spool(options, str(path))
         log.info("copying the images of %s to %s", path, images)
