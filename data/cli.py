@@ -1,4 +1,4 @@
-"""The commands `hmar-mega data …`: demo data, sharding, encoding, and what a folder of shards holds."""
+"""The commands `hmar-mega data …`; here those for demo data and for what an index says."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hmar_mega.data.inspect_cli import add_inspection_parsers
+from hmar_mega.data.make_cli import add_making_parsers
 from hmar_mega.parsers import add_command
 
 if TYPE_CHECKING:
-    from hmar_mega.data.index import ShardIndex
+    from hmar_mega.data.index import ShardIndex, TokenFormat
 
 #: Shards `data info` lists before it only counts the rest.
 LISTED_SHARDS = 10
@@ -21,14 +23,14 @@ def add_data_parser(subparsers: Any) -> None:
         subparsers,
         "data",
         "make shards of images and tokens",
-        "Demo data, sharding, encoding, and what a folder of shards holds.",
-        "  hmar-mega data shard photos/train shards/train\n  hmar-mega data info shards/train",
+        "Demo data, sharding, encoding, checking, and what a folder of shards holds.",
+        "  hmar-mega data shard photos/train shards/train\n  hmar-mega data check shards/train --deep",
     )
     commands = parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True)
     _add_demo(commands)
-    _add_shard(commands)
-    _add_encode(commands)
+    add_making_parsers(commands)
     _add_info(commands)
+    add_inspection_parsers(commands)
 
 
 def _add_demo(commands: Any) -> None:
@@ -51,47 +53,6 @@ def _add_demo(commands: Any) -> None:
     parser.set_defaults(run=_run_demo)
 
 
-def _add_shard(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "shard",
-        "write a folder of images as image shards",
-        "Write the images of SRC/<class>/ (jpg, png, webp; one subfolder a class) as image shards.\n"
-        "Files keep their bytes. Images that cannot be decoded are skipped and listed in OUT/index.json.",
-        "  hmar-mega data shard imagenet/train shards/train\n  hmar-mega data shard imagenet/val shards/val",
-    )
-    parser.add_argument("src", type=Path, metavar="SRC", help="folder with one subfolder a class")
-    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    parser.add_argument("--samples-per-shard", type=int, default=1024, help="images in a tar (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=4, help="threads that check images (default: %(default)s)")
-    parser.set_defaults(run=_run_shard)
-
-
-def _add_encode(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "encode",
-        "turn image shards into token shards",
-        "Encode the image shards in SHARDS with a trained tokenizer; training reads the token shards.",
-        "  hmar-mega data encode shards/train runs/tokenizer tokens/train\n"
-        "  hmar-mega data encode shards/val runs/tokenizer tokens/val",
-    )
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of image shards")
-    parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER", help="folder of a trained tokenizer")
-    parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    parser.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default: %(default)s)")
-    parser.add_argument(
-        "--augment",
-        choices=("none", "crop"),
-        default="crop",
-        help="crop: shorter side to 1.125 times the resolution, then the centre, as HMAR's validation images; none: "
-        "shorter side to the resolution, then the centre (default: %(default)s)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-    parser.add_argument("--workers", type=int, default=2, help="threads that decode images (default: %(default)s)")
-    parser.set_defaults(run=_run_encode)
-
-
 def _add_info(commands: Any) -> None:
     parser = add_command(
         commands,
@@ -111,32 +72,6 @@ def _run_demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_shard(args: argparse.Namespace) -> int:
-    from hmar_mega.data.shard import shard_images
-
-    shard_images(args.src, args.out, args.samples_per_shard, workers=args.workers)
-    return 0
-
-
-def _run_encode(args: argparse.Namespace) -> int:
-    from hmar_mega.devices import pick_device
-    from hmar_mega.tokenizer.encode import encode_shards
-    from hmar_mega.tokenizer.model import MultiScaleVQVAE
-
-    device = pick_device(args.device)
-    tokenizer = MultiScaleVQVAE.load(args.tokenizer).to(device).eval()
-    encode_shards(
-        args.shards,
-        tokenizer,
-        args.out,
-        batch_size=args.batch_size,
-        augment=args.augment,
-        device=device,
-        workers=args.workers,
-    )
-    return 0
-
-
 def _run_info(args: argparse.Namespace) -> int:
     from hmar_mega.data.index import read_index
 
@@ -153,12 +88,17 @@ def info_lines(index: ShardIndex) -> list[str]:
         ("classes", f"{len(index.classes)}: {_shorten(index.classes)}"),
         ("skipped", f"{len(index.skipped)} images" if index.skipped else "none"),
     ]
+    if index.duplicates:
+        facts.append(("duplicates", f"{index.duplicates:,} images"))
+    if index.notes:
+        facts.append(("notes", ", ".join(f"{count:,} {name}" for name, count in index.notes.items())))
     if index.tokens is not None:
         facts += [
             ("resolution", f"{index.tokens.resolution} px"),
             ("patch_nums", " ".join(map(str, index.tokens.patch_nums))),
             ("codebook", f"{index.tokens.codebook_size} codes"),
             ("tokenizer", index.tokens.fingerprint),
+            ("stored", _describe_storage(index.tokens)),
         ]
     lines = [f"{name:<11}{value}" for name, value in facts]
     lines += ["", f"{'shard':<20}{'samples':>10}{'bytes':>16}  sha256"]
@@ -167,6 +107,15 @@ def info_lines(index: ShardIndex) -> list[str]:
     if len(index.shards) > LISTED_SHARDS:
         lines.append(f"… and {len(index.shards) - LISTED_SHARDS} more")
     return lines
+
+
+def _describe_storage(tokens: TokenFormat) -> str:
+    from hmar_mega.data.tokens import TokenCodec
+
+    crops = f"{tokens.crops} crops" if tokens.crops > 1 else "1 crop"
+    return (
+        f"{crops} of {tokens.bits} bits a token ({tokens.storage}), {TokenCodec(tokens).sample_bytes:,} bytes an image"
+    )
 
 
 def _shorten(names: tuple[str, ...], shown: int = 10) -> str:

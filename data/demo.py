@@ -18,6 +18,7 @@ from PIL import Image
 
 from hmar_mega.data.order import permutation
 from hmar_mega.data.shard import image_fields
+from hmar_mega.data.split import stratified_split
 from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
 from hmar_mega.files import new_folder
@@ -110,21 +111,9 @@ def _split(images: _ImageSet, val_fraction: float | None) -> tuple[np.ndarray, n
     if val_fraction is None and images.published_val:
         is_val = np.arange(count) >= count - images.published_val
     else:
-        is_val = _stratified(images.labels, 0.1 if val_fraction is None else val_fraction)
+        is_val = stratified_split(images.labels, 0.1 if val_fraction is None else val_fraction)
     shuffled = permutation(count, 0, 0, Purpose.SHARD_ORDER)
     return shuffled[~is_val[shuffled]], shuffled[is_val[shuffled]]
-
-
-def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Mark the share `fraction` of every class, at least one image and not all, (n,) bool."""
-    if not 0 < fraction < 1:
-        raise UserError(f"val_fraction={fraction}: use a number between 0 and 1, for example 0.1")
-    is_val = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        taken = min(max(1, round(fraction * len(members))), len(members) - 1)
-        is_val[members[permutation(len(members), 0, int(label), Purpose.SPLIT_ORDER)[:taken]]] = True
-    return is_val
 
 
 def _load(name: str, source: Path | None) -> _ImageSet:

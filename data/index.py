@@ -20,7 +20,7 @@ from typing import Literal
 from zipfile import BadZipFile
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
@@ -55,24 +55,58 @@ class SkippedImage(_Record):
 
 
 class TokenFormat(_Record):
-    """What the tokens of a folder are: `patch_nums` splits a sample's N integers into its K maps."""
+    """What the tokens of a folder are: `patch_nums` splits a sample's N integers into its K maps.
+
+    Attributes:
+        crops: k, the encodings of every image, of crops drawn with `crop_seed`; 1: of its centre.
+        storage, bits: how a sample is stored, see `hmar_mega.data.tokens`.
+        augment: "crop" when the shorter side was 1.125 × resolution before the crop, "none" when it was the resolution.
+        compute: the precision of the tokenizer's convolutions.
+    """
 
     patch_nums: tuple[int, ...]
     codebook_size: int
     fingerprint: str
     resolution: int
+    crops: int = Field(1, ge=1)
+    crop_seed: int | None = None
+    storage: Literal["npy", "packed"] = "npy"
+    bits: int = Field(16, ge=1, le=16)
+    augment: Literal["crop", "none"] | None = None
+    compute: Literal["fp32", "bf16"] = "fp32"
+
+
+class ImageFormat(_Record):
+    """How images were stored: as they came (`keep`), or encoded anew with a quality, and perhaps made smaller."""
+
+    encoding: Literal["keep", "jpeg", "png", "webp"]
+    quality: int | None = None
+    shorter_side: int | None = None
 
 
 class ShardIndex(_Record):
-    """The content of `index.json`. `classes` are the names of labels 0, 1, …; `tokens` is None for images."""
+    """The content of `index.json`.
+
+    Attributes:
+        classes: the names of labels 0, 1, ….
+        tokens: None for images.
+        images: how images were stored; None for tokens, and where it is not known.
+        notes: peculiarities met and dealt with, such as "palette", with the number of images.
+        duplicates: images whose file has the bytes of an earlier one; `duplicates.csv` names them.
+        plan: names source and options that it was made from, see `hmar_mega.data.assembly`.
+    """
 
     format: int = FORMAT_VERSION
     kind: Kind
     samples: int
     classes: tuple[str, ...]
     tokens: TokenFormat | None = None
+    images: ImageFormat | None = None
     shards: tuple[ShardEntry, ...]
     skipped: tuple[SkippedImage, ...] = ()
+    notes: dict[str, int] = {}
+    duplicates: int = 0
+    plan: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,12 +195,21 @@ def load_offsets(folder: Path, shard: ShardEntry) -> Offsets:
         )
     path = offsets_path(tar)
     try:
-        return _unpack(path.read_bytes(), shard)
+        return stored_offsets(tar, shard)
     except FileNotFoundError:
         log.warning("%s is missing: rebuilding it from %s", path, shard.name)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as err:
         log.warning("%s does not fit %s (%s): rebuilding it", path, shard.name, err)
     return _rebuild(tar, shard)
+
+
+def stored_offsets(tar: Path, shard: ShardEntry) -> Offsets:
+    """The offsets of a tar from the file beside it, whatever became of the tar.
+
+    Raises:
+        OSError, ValueError, KeyError, EOFError, BadZipFile: when that file is missing, damaged or for another tar.
+    """
+    return _unpack(offsets_path(tar).read_bytes(), shard)
 
 
 def write_offsets(tar: Path, shard: ShardEntry, offsets: Offsets) -> None:

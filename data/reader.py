@@ -1,39 +1,51 @@
-"""Reading shards in any order, and the batches of a training run as a pure function of its position.
+"""Random access to the samples of a folder of shards: `ShardReader` gives sample i, or says what is wrong with it.
 
-`ShardReader` gives sample i of a folder. `StreamLoader` gives a data-parallel rank its part of one global batch after
-the other: which samples those are depends on (seed, position) alone, so a run can stop at any image and go on with any
-number of ranks, threads and micro-batches. `eval_batches` gives every sample once.
+Whatever a shard has become since its index was written, a read gives the bytes that were written or raises `Damage`:
+the file must be the one that was opened, or have the checksum of the index, and before every sample its tar header is
+compared with name and size in the index.
 """
 
 from __future__ import annotations
 
 import bisect
-import errno
-import io
 import itertools
-import os
-import time
-import weakref
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from hmar_mega.batches import BatchPlan
-from hmar_mega.data.index import Kind, Offsets, ShardIndex, load_offsets, read_index, require_kind
-from hmar_mega.data.order import SampleOrder
+from hmar_mega.data.cache import ShardCache
+from hmar_mega.data.damage import Damage, DamagePolicy
+from hmar_mega.data.index import (
+    Kind,
+    Offsets,
+    ShardIndex,
+    load_offsets,
+    read_index,
+    require_kind,
+    stored_offsets,
+)
+from hmar_mega.data.patience import read_patiently
+from hmar_mega.data.shard_files import ShardFiles
 from hmar_mega.data.threads import map_ahead
+from hmar_mega.data.tokens import TOKEN_FIELD, TokenCodec, npy_bytes
 from hmar_mega.errors import UserError
-from hmar_mega.micro_batches import check_batch_sizes
 
-__all__ = ["Batch", "Sample", "SampleOrder", "ShardReader", "StreamLoader", "check_fingerprint", "eval_batches"]
+__all__ = ["TOKEN_FIELD", "Sample", "ShardReader", "check_fingerprint", "npy_bytes"]
+
+log = logging.getLogger(__name__)
+
+#: Bytes of a tar header, which stands directly before the content of its file.
+HEADER = 512
+
+#: Threads that find the offsets of shards.
+OPENERS = 8
 
 #: Names of an image's field in a sample: the format of its bytes.
 IMAGE_FIELDS = ("jpg", "png", "webp")
-TOKEN_FIELD = "npy"
 
 
 @dataclass(frozen=True)
@@ -59,50 +71,60 @@ class TokenSample:
 Sample = ImageSample | TokenSample
 
 
-@dataclass(frozen=True)
-class Batch:
-    """b token samples: tokens (b, N) int64, labels (b,) int64, stream positions (b,) int64, and their keys."""
-
-    tokens: Tensor
-    labels: Tensor
-    positions: Tensor
-    keys: tuple[str, ...]
-
-
 class ShardReader:
     """Random access to the samples of a folder of shards, numbered in stored order.
 
-    Samples are read with `pread`, which shares no file position, so threads and forked processes may read at once.
+    Samples are read with `pread`, which shares no file position, so threads and forked processes may read at once. A
+    reader can be sent to another process, which then opens the folder anew.
 
     Args:
         kind: what the folder must hold.
+        policy: under `skip`, a shard that cannot be used as a whole is kept with its samples as damaged, those before
+            the end of one that was cut off still readable; under `stop` it is refused.
+        cache: keeps copies of the shards on a local disk.
 
     Raises:
-        UserError: when the folder is not what `kind` says, or a shard no longer agrees with the index.
+        UserError: when the folder is not what `kind` says; Damage when a shard no longer agrees with the index.
     """
 
-    def __init__(self, folder: Path, kind: Kind) -> None:
+    def __init__(
+        self, folder: Path, kind: Kind, policy: DamagePolicy | None = None, cache: ShardCache | None = None
+    ) -> None:
         self.folder = Path(folder)
+        self.kind: Kind = kind
+        self.policy = policy or DamagePolicy()
         self.index: ShardIndex = read_index(self.folder)
         require_kind(self.folder, self.index, kind)
-        self._shards = [load_offsets(self.folder, shard) for shard in self.index.shards]
-        self._starts = [0, *itertools.accumulate(len(offsets) for offsets in self._shards)]
-        self._columns = [self._find_columns(shard, kind) for shard in range(len(self._shards))]
-        self._descriptors: dict[int, int] = {}
-        weakref.finalize(self, _close_all, self._descriptors)
-        if self.index.tokens is not None:
-            self._num_tokens = sum(p * p for p in self.index.tokens.patch_nums)
-            self._npy_header = npy_bytes(np.empty(self._num_tokens, np.uint16))[: -2 * self._num_tokens]
+        self._cache = cache
+        self._codec = None if self.index.tokens is None else TokenCodec(self.index.tokens)
+        self._files = ShardFiles(self.folder, self.index.shards, self.policy, cache)
+        self._shards = self._open_shards()
+        self._starts = [0, *itertools.accumulate(self.shard_sizes)]
+        self._columns = [self._find_columns(shard) for shard in range(len(self._shards))]
+
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, Kind, DamagePolicy, ShardCache | None]]:
+        return ShardReader, (self.folder, self.kind, self.policy, self._cache)
 
     def __len__(self) -> int:
         return self.index.samples
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of every shard, in stored order."""
+        return [shard.samples for shard in self.index.shards]
+
+    @property
+    def lost(self) -> dict[str, tuple[int, str]]:
+        """Shards that cannot be used: how many samples each has, and what is wrong with it."""
+        shards = self.index.shards
+        return {shards[n].name: (shards[n].samples, str(damage)) for n, damage in self._files.lost.items()}
 
     def read(self, index: int) -> Sample:
         """Sample `index`, an image or tokens as the folder holds.
 
         Raises:
             IndexError: when `index` is not in [0, len).
-            UserError: when its bytes cannot be read or are not tokens; names the shard and the key.
+            Damage: when its bytes cannot be read or are not tokens; names the shard and the key.
         """
         return self.read_image(index) if self.index.kind == "images" else self.read_tokens(index)
 
@@ -110,32 +132,94 @@ class ShardReader:
         """Sample `index` of image shards; see `read`."""
         return ImageSample(*self._read(index))
 
-    def read_tokens(self, index: int) -> TokenSample:
-        """Sample `index` of token shards; see `read`."""
+    def read_tokens(self, index: int, crop: int = 0) -> TokenSample:
+        """Sample `index` of token shards, of its stored crops the one with number `crop`; see `read`."""
         key, label, data, where = self._read(index)
-        return TokenSample(key, label, self._parse_tokens(data, where), where)
+        assert self._codec is not None
+        try:
+            return TokenSample(key, label, self._codec.decode(data, where, crop), where)
+        except UserError as err:
+            raise Damage(str(err), "content") from None
+
+    def stalled(self, index: int) -> Damage:
+        """The damage of a sample whose read gave no answer; its shard's further reads fail at once for a while."""
+        return self._files.stalled(self._shard_of(index))
+
+    def try_again(self) -> None:
+        """Read again from shards whose reads failed a moment ago."""
+        self._files.try_again()
 
     def close(self) -> None:
         """Close the files, which also happens when the reader is forgotten; reading opens them again."""
-        _close_all(self._descriptors)
+        self._files.close()
+
+    def _open_shards(self) -> list[Offsets | None]:
+        """The offsets of every shard, None for one that is lost; found by a few threads, and not for ever."""
+        numbers = range(len(self.index.shards))
+        parts = [numbers[first::OPENERS] for first in range(min(OPENERS, len(numbers)))]
+
+        def open_part(part: range) -> list[Offsets | Damage]:
+            return read_patiently(self._open_shard, part, self.policy, self._silent_shard)
+
+        found: dict[int, Offsets | Damage] = {}
+        for part, offsets in zip(parts, map_ahead(open_part, parts, len(parts)), strict=True):
+            found.update(zip(part, offsets, strict=True))
+        for number in numbers:
+            damage = found[number]
+            if isinstance(damage, Damage):
+                if self.policy.on_damage == "stop":
+                    raise damage
+                log.warning("%s; its %d samples count as damaged", damage, self.index.shards[number].samples)
+                self._files.lost[number] = damage
+        return [None if isinstance(found[n], Damage) else found[n] for n in numbers]  # type: ignore[misc]
+
+    def _open_shard(self, number: int) -> Offsets:
+        shard = self.index.shards[number]
+        tar = self._files.path(number)
+        try:
+            self._files.remember(number)
+            if self.policy.on_damage == "skip" and tar.stat().st_size < shard.bytes:
+                offsets = stored_offsets(tar, shard)
+                log.warning("shard %s is truncated: what lies behind its end counts as damaged, when it is read", tar)
+                return offsets
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            pass  # without stored offsets nothing of such a shard can be used; the next line says why
+        try:
+            return load_offsets(self.folder, shard)
+        except UserError as err:
+            raise Damage(str(err), "changed" if tar.exists() else "missing") from None
+
+    def _silent_shard(self, number: int) -> Damage:
+        path, seconds = self._files.path(number), self.policy.timeout
+        return Damage(f"shard {path} gives no answer within {seconds:g} s", "slow", passing=True)
+
+    def _shard_of(self, index: int) -> int:
+        return bisect.bisect_right(self._starts, index) - 1
 
     def _read(self, index: int) -> tuple[str, int, bytes, str]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        shard = bisect.bisect_right(self._starts, index) - 1
+        shard = self._shard_of(index)
         row = index - self._starts[shard]
-        offsets, column = self._shards[shard], self._columns[shard][row]
+        offsets, columns = self._shards[shard], self._columns[shard]
+        if offsets is None or columns is None:
+            raise self._files.lost[shard].again()
+        column = columns[row]
         key = offsets.keys[row].decode()
-        where = f"{self.folder / self.index.shards[shard].name}: sample {key}"
-        data = self._pread(shard, int(offsets.sizes[row, column]), int(offsets.starts[row, column]), where)
-        return key, int(offsets.labels[row]), data, where
+        where = f"{self._files.name(shard)}: sample {key}"
+        size, start = int(offsets.sizes[row, column]), int(offsets.starts[row, column])
+        data = self._files.read(shard, HEADER + size, start - HEADER, where)
+        _check_header(data[:HEADER], f"{key}.{offsets.fields[column]}", size, where)
+        return key, int(offsets.labels[row]), data[HEADER:], where
 
-    def _find_columns(self, shard: int, kind: Kind) -> np.ndarray:
+    def _find_columns(self, shard: int) -> np.ndarray | None:
         """For each sample of a shard the column of `Offsets` that holds its content, (n,) int64."""
-        offsets: Offsets = self._shards[shard]
-        wanted = IMAGE_FIELDS if kind == "images" else (TOKEN_FIELD,)
+        offsets = self._shards[shard]
+        if offsets is None:
+            return None
+        wanted = IMAGE_FIELDS if self._codec is None else (self._codec.field,)
         present = (offsets.sizes >= 0) & np.isin(offsets.fields, wanted)[None, :]
-        where = self.folder / self.index.shards[shard].name
+        where = self._files.path(shard)
         if not (present.sum(axis=1) == 1).all():
             row = int(np.argmax(present.sum(axis=1) != 1))
             raise UserError(
@@ -148,54 +232,20 @@ class ShardReader:
         columns: np.ndarray = present.argmax(axis=1)
         return columns
 
-    def _pread(self, shard: int, size: int, start: int, where: str) -> bytes:
-        try:
-            data = os.pread(self._descriptor(shard), size, start)
-            while data and len(data) < size:
-                more = os.pread(self._descriptor(shard), size - len(data), start + len(data))
-                data = data + more if more else b""
-        except OSError as err:
-            hint = "; raise the limit with `ulimit -n`" if err.errno == errno.EMFILE else ""
-            raise UserError(f"{where} cannot be read: {err.strerror}{hint}") from None
-        if len(data) != size:
-            raise UserError(f"{where} is cut off: the shard has been truncated; restore it or make it anew")
-        return data
 
-    def _descriptor(self, shard: int) -> int:
-        found = self._descriptors.get(shard)
-        if found is not None:
-            return found
-        opened = os.open(self.folder / self.index.shards[shard].name, os.O_RDONLY)
-        # No lock, which a fork could leave locked: setdefault is atomic, and a loser closes its own.
-        kept = self._descriptors.setdefault(shard, opened)
-        if kept != opened:
-            os.close(opened)
-        return kept
-
-    def _parse_tokens(self, data: bytes, where: str) -> np.ndarray:
-        assert self.index.tokens is not None
-        body = len(self._npy_header)
-        if len(data) != body + 2 * self._num_tokens or not data.startswith(self._npy_header):
-            raise UserError(f"{where} does not hold {self._num_tokens} tokens; restore the shard or make it anew")
-        tokens: np.ndarray = np.frombuffer(data, "<u2", offset=body).astype(np.int64)
-        if tokens.max() >= self.index.tokens.codebook_size:
-            raise UserError(
-                f"{where} has token {tokens.max()}, its codebook only {self.index.tokens.codebook_size}; "
-                "restore the shard or make it anew"
-            )
-        return tokens
-
-
-def _close_all(descriptors: dict[int, int]) -> None:
-    while descriptors:
-        os.close(descriptors.popitem()[1])
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """An array in NumPy's .npy format, version 1.0."""
-    file = io.BytesIO()
-    np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
-    return file.getvalue()
+def _check_header(header: bytes, name: str, size: int, where: str) -> None:
+    """Raise Damage unless a tar header is that of file `name` with `size` bytes."""
+    stored = header[:100].rstrip(b"\0").decode(errors="replace").removeprefix("./")
+    try:
+        named = stored == name or len(name) >= 100 or name.endswith(f"/{stored}")  # long names are kept elsewhere
+        right = named and int(header[124:135], 8) == size
+    except ValueError:
+        right = False
+    if not right:
+        raise Damage(
+            f"{where} is not where the index says: the header before it names {stored[:40]!r}; restore the shard or "
+            "make it anew", "content",
+        )  # fmt: skip
 
 
 def check_fingerprint(index: ShardIndex, tokenizer_fingerprint: str, patch_nums: Sequence[int] | None = None) -> None:
@@ -216,104 +266,3 @@ def check_fingerprint(index: ShardIndex, tokenizer_fingerprint: str, patch_nums:
             f"the token shards have patch_nums {list(index.tokens.patch_nums)}, but {list(patch_nums)} are asked for; "
             "set schedule.patch_nums to those of the shards, or encode the images anew with `hmar-mega data encode`"
         )
-
-
-class StreamLoader:
-    """This rank's micro-batches of one global batch after the other; an endless iterator.
-
-    The global batch of G images at position s holds positions s … s+G−1. Rank r of R takes the contiguous part that
-    starts at s + r·G/R, cut into contiguous micro-batches.
-
-    Args:
-        reader: token shards.
-        order: which sample stands at which position.
-        batches: the global batch size of every step, or one for all.
-        start_position: images seen before; where a resumed run goes on.
-        workers: threads that read steps ahead; 0 reads in the calling thread.
-
-    Raises:
-        UserError: when the ranks and micro-batches do not divide the global batch.
-    """
-
-    def __init__(
-        self,
-        reader: ShardReader,
-        order: SampleOrder,
-        batches: BatchPlan | int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        start_position: int = 0,
-        workers: int = 2,
-    ) -> None:
-        require_kind(reader.folder, reader.index, "tokens")
-        self._plan = BatchPlan.constant(batches) if isinstance(batches, int) else batches
-        for size in self._plan.sizes:
-            check_batch_sizes(size, micro_batch_size, dp_size)
-        if not 0 <= dp_rank < dp_size or start_position < 0 or order.num_samples != len(reader):
-            raise ValueError(
-                f"dp_rank={dp_rank} must be below dp_size={dp_size}, start_position={start_position} not negative, and "
-                f"the order's {order.num_samples} samples those of the reader, {len(reader)}"
-            )
-        self.wait_seconds = 0.0  #: how long the last `next` kept the caller waiting
-        self._reader = reader
-        self._order = order
-        self._micro_batch_size = micro_batch_size
-        self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._position = start_position
-        self._steps = map_ahead(self._load_step, self._plan.positions(start_position), workers)
-
-    def __iter__(self) -> StreamLoader:
-        return self
-
-    def __next__(self) -> list[Batch]:
-        begin = time.perf_counter()
-        try:
-            batches = next(self._steps)
-        except StopIteration:  # the stream is endless: only close() or an error ends it
-            raise RuntimeError("the loader is closed, or stopped at an error before; make a new one") from None
-        self._position += self._plan.size_at(self._position)
-        self.wait_seconds = time.perf_counter() - begin
-        return batches
-
-    def state(self) -> dict[str, int]:
-        """`position`, the images of the batches given out so far and of the run before; and the epoch it is in."""
-        return {"epoch": self._order.epoch(self._position), "position": self._position}
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        self._steps.close()
-
-    def _load_step(self, position: int) -> list[Batch]:
-        share = self._plan.size_at(position) // self._dp_size
-        start = position + self._dp_rank * share
-        samples = self._order.sample_indices(start, share).tolist()
-        return [
-            _read_batch(self._reader, samples[at : at + self._micro_batch_size], start + at)
-            for at in range(0, share, self._micro_batch_size)
-        ]
-
-
-def eval_batches(
-    reader: ShardReader, batch_size: int, dp_rank: int = 0, dp_size: int = 1, limit: int | None = None
-) -> Iterator[Batch]:
-    """This rank's part of the first `limit` samples (default all) in stored order; each sample on exactly one rank.
-
-    Ranks take contiguous parts that differ by at most one sample; the last batch of a rank may be short, and a rank
-    may have a batch less than another. A batch's positions are the numbers of its samples.
-    """
-    require_kind(reader.folder, reader.index, "tokens")
-    count = len(reader) if limit is None else min(limit, len(reader))
-    start, end = count * dp_rank // dp_size, count * (dp_rank + 1) // dp_size
-    for at in range(start, end, batch_size):
-        yield _read_batch(reader, range(at, min(at + batch_size, end)), at)
-
-
-def _read_batch(reader: ShardReader, samples: Sequence[int], position: int) -> Batch:
-    read = [reader.read_tokens(sample) for sample in samples]
-    return Batch(
-        tokens=torch.from_numpy(np.stack([sample.tokens for sample in read])),
-        labels=torch.tensor([sample.label for sample in read]),
-        positions=torch.arange(position, position + len(read)),
-        keys=tuple(sample.key for sample in read),
-    )

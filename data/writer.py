@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from webdataset.writer import TarWriter
-
-from hmar_mega.data.index import (
-    LABEL_FIELD,
-    Kind,
-    ShardEntry,
-    ShardIndex,
-    SkippedImage,
-    TokenFormat,
-    check_count,
-    file_sha256,
-    scan_tar,
-    write_index,
-    write_offsets,
-)
+from hmar_mega.data.index import Kind, ShardEntry, ShardIndex, SkippedImage, TokenFormat, write_index
+from hmar_mega.data.tars import add_sample, record_shard
 from hmar_mega.errors import UserError
 from hmar_mega.files import new_folder
 
@@ -102,8 +90,8 @@ class ShardWriter:
         try:
             if self._file is None:
                 self._file = open(self._folder / self._shard_name, "xb")  # noqa: SIM115 closed by _close_shard
-                self._tar = TarWriter(self._file, user="root", group="root", mtime=0, encoder=False, compress=False)
-            self._tar.write({"__key__": key, LABEL_FIELD: str(label).encode(), **fields})
+                self._tar = tarfile.open(fileobj=self._file, mode="w")  # noqa: SIM115
+            add_sample(self._tar, key, label, fields)
             self._count += 1
             if self._count == self._samples_per_shard:
                 self._close_shard()
@@ -126,12 +114,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
-        path = self._folder / self._shard_name
-        entry = ShardEntry(name=path.name, samples=self._count, bytes=path.stat().st_size, sha256=file_sha256(path))
-        offsets = scan_tar(path)
-        check_count(path, offsets, self._count)
-        write_offsets(path, entry, offsets)
-        self._shards.append(entry)
+        self._shards.append(record_shard(self._folder / self._shard_name, self._count))
         self._count = 0
 
     def finish(self) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hmar_mega.batches import BatchPlan
 from hmar_mega.config_base import Section, one_of
+from hmar_mega.config_data import DataConfig
 from hmar_mega.config_precision import PrecisionConfig
 from hmar_mega.scales import PATCH_NUMS, Pattern, ScaleSchedule, mask_schedule_for
 
@@ -169,54 +169,6 @@ class TokenizerConfig(Section):
             raise ValueError(
                 f"channel_mult has {len(self.channel_mult)} levels (downsample {self.downsample}); use 3, "
                 "4 or 5 levels for downsample 4, 8 or 16"
-            )
-        return self
-
-
-class BatchRampConfig(Section):
-    """Smaller batches at the start of a run: `start` images a step, then `increment` more in each part of `images`."""
-
-    start: int = Field(ge=1)
-    increment: int = Field(ge=1, description="divides global_batch_size − start")
-    images: int = Field(ge=1, description="length of the ramp")
-
-
-class DataConfig(Section):
-    """Shards and batches. `train`/`val` are folders of token shards; `images`/`images_val` of image shards."""
-
-    train: str | None = None
-    val: str | None = None
-    images: str | None = None
-    images_val: str | None = None
-    global_batch_size: int = Field(768, ge=1)
-    micro_batch_size: int | None = Field(None, ge=1, description="per data-parallel rank; default: as large as fits 32")
-    batch_ramp: BatchRampConfig | None = None
-    workers: int = Field(2, ge=0, description="reader threads a rank; 0 reads in the training thread")
-    augment: Literal["crop", "none"] = Field(
-        "crop",
-        description="images: shorter side to 1.125 × resolution and a random crop; none: to resolution, centre crop",
-    )
-
-    @property
-    def batch_plan(self) -> BatchPlan:
-        """Images of every step."""
-        ramp = self.batch_ramp
-        if ramp is None:
-            return BatchPlan.constant(self.global_batch_size)
-        return BatchPlan(self.global_batch_size, ramp.start, ramp.increment, ramp.images)
-
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        ramp = self.batch_ramp
-        if ramp is None:
-            return self
-        missing = self.global_batch_size - ramp.start
-        if missing <= 0 or missing % ramp.increment:
-            fits = [i for i in range(1, missing + 1) if missing % i == 0]
-            raise ValueError(
-                f"batch_ramp from {ramp.start} by {ramp.increment} does not reach global_batch_size="
-                f"{self.global_batch_size}; use a start below it"
-                + (f" and an increment of {one_of(fits[-8:])}" if fits else "")
             )
         return self
 

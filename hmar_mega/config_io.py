@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -151,9 +151,10 @@ def _explain(error: Any) -> str:
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the tree."""
+    """Every dotted key of the tree; what is a list, such as `data.mix`, is given as a whole."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        for kind in (field.annotation, *get_args(field.annotation)):
+        is_list = get_origin(field.annotation) is tuple
+        for kind in () if is_list else (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from known_keys(kind, f"{prefix}{name}.")

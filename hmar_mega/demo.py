@@ -26,7 +26,8 @@ from torch import Tensor
 
 from hmar_mega.config_io import load_config
 from hmar_mega.data.images import ImageStream, image_grid
-from hmar_mega.data.reader import SampleOrder, ShardReader
+from hmar_mega.data.order import SampleOrder
+from hmar_mega.data.reader import ShardReader
 from hmar_mega.errors import UserError
 from hmar_mega.files import cannot_write, write_atomic
 from hmar_mega.inference import ImageModel, edit_images, load_model

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hmar_mega.checkpoint.saver import CheckpointSaver, Outcome
 from hmar_mega.config import Config
-from hmar_mega.data.reader import StreamLoader
+from hmar_mega.damage_report import DamageReport
+from hmar_mega.data.stream import Loader
 from hmar_mega.engine import Engine, TrainingError
 from hmar_mega.flops import device_peak, train_flops_per_image
 from hmar_mega.fp8_attention import choose_fp8_attention
@@ -64,7 +65,8 @@ class Run:
     dims: ParallelDims
     engine: Engine
     objective: Objective
-    loader: StreamLoader
+    loader: Loader
+    damage: DamageReport
     validation: Any  #: () → iterable of TokenBatch, or None
     validation_rounds: int  #: batches of the rank that has most of them in a validation
     agreement: Agreement  #: whether the ranks stop
@@ -193,12 +195,13 @@ def _open_window(run: Run) -> Window:
 def _log_line(run: Run, window: Window, lr: float) -> None:
     """One readable line and one row of figures; collective over all ranks."""
     config, engine = run.config, run.engine
-    sums = torch.cat([window.loss.view(1), window.scales.flatten()])
+    sums = torch.cat([window.loss.view(1), window.loss.new_tensor([run.damage.own]), window.scales.flatten()])
     dist.all_reduce(sums)
+    run.damage.collect(engine.step, int(sums[1]))
     # every tensor rank of the last stages has counted
     copies = run.dims.tensor_parallel * run.dims.data_parallel * window.micro_batches
     loss = float(sums[0]) / copies if copies else float("nan")
-    totals, counts = sums[1:].view(2, -1).tolist()
+    totals, counts = sums[2:].view(2, -1).tolist()
     scales = [total / count if count else float("nan") for total, count in zip(totals, counts, strict=True)]
     seconds = time.perf_counter() - window.started
     values: dict[str, Any] = {
@@ -211,6 +214,7 @@ def _log_line(run: Run, window: Window, lr: float) -> None:
         "data_wait": window.waited / seconds,
         "skipped_steps": engine.skipped,
         "failed_saves": run.saver.failed_saves,
+        "substituted_samples": int(sums[1]),
     }
     if config.precision.compute == "fp16":
         values["loss_scale"] = engine.loss_scale
@@ -364,6 +368,7 @@ def _save(run: Run, best: bool = False) -> None:
     }
     run.saver.save(state, best)
     run.progress.saved_step = run.engine.step
+    run.damage.collect(run.engine.step)
 
 
 def _settle(run: Run) -> Outcome | None:

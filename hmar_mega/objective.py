@@ -87,11 +87,11 @@ class Objective:
             given["drop_path"] = sequence.drop_path_factors(positions, seed, model.depth, model.resolved_drop_path)
         if stage is not None and not (stage.first or stage.last):
             return given
-        tokens = batch.tokens.to(self.device)
+        tokens = batch.tokens.to(self.device, non_blocking=True)
         if stage is None or stage.last:
             given["targets_BN"] = tokens
         if stage is None or stage.first:
-            labels = batch.labels.to(self.device)
+            labels = batch.labels.to(self.device, non_blocking=True)
             if training:
                 labels = sequence.drop_labels(labels, positions, seed, config.stage.label_drop, model.num_classes)
             given["labels_B"] = labels

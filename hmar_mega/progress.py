@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, one closing line everywhere else."""
+"""A progress bar on a terminal, a line a minute and a closing line everywhere else."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+#: Between two lines of progress where there is no terminal.
+SECONDS_A_LINE = 60.0
+
+log = logging.getLogger(__name__)
+
 
 class Tally:
     """What a long job reports: `advance(n)` while it works, `show` for figures beside the bar, `summary` at the end."""
@@ -21,12 +26,23 @@ class Tally:
         self.done = 0
         self.summary = ""
         self._bar: Progress | None = None
+        self._lines: _Lines | None = None
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more items as done."""
         self.done += count
         if self._bar is not None:
             self._bar.advance(self._bar.task_ids[0], count)
+        if self._lines is not None:
+            self._lines.tell(self.done)
+
+    def already(self, count: int) -> None:
+        """Count `count` items that were done before, by an earlier process: they do not enter the rate."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.reset(self._bar.task_ids[0], completed=self.done)
+        if self._lines is not None:
+            self._lines.start += count
 
     def show(self, figures: str) -> None:
         """Put a few figures beside the bar."""
@@ -38,7 +54,8 @@ class Tally:
 def track(description: str, total: int, enabled: bool = True, start: int = 0) -> Iterator[Tally]:
     """Show a bar with rate and time left on a terminal; at the end print `summary`, if set, and the time taken, once.
 
-    Nothing is printed when `enabled` is false or the block raises; without a terminal there is only the closing line.
+    Nothing is printed when `enabled` is false or the block raises. Without a terminal rate and time left are logged
+    once a minute, so that the log of a job tells where it stands.
 
     Args:
         start: items done before, when a job is resumed.
@@ -61,10 +78,29 @@ def track(description: str, total: int, enabled: bool = True, start: int = 0) ->
             tally._bar = bar
             yield tally
     else:
+        tally._lines = _Lines(description, total, start) if enabled else None
         yield tally
     if enabled and tally.summary:
         closing = Console(soft_wrap=True, highlight=False, emoji=False)
         closing.print(f"{tally.summary} ({time.perf_counter() - begin:.1f} s)", markup=False)
+
+
+class _Lines:
+    """Progress as lines of the log."""
+
+    def __init__(self, description: str, total: int, start: int) -> None:
+        self._description, self._total, self.start = description, total, start
+        self._begin = self._last = time.monotonic()
+
+    def tell(self, done: int) -> None:
+        """Log where things stand, unless that was done less than a minute ago."""
+        now = time.monotonic()
+        if now - self._last < SECONDS_A_LINE:
+            return
+        self._last = now
+        rate = (done - self.start) / (now - self._begin)
+        left = f"{(self._total - done) / rate / 60:,.0f} min left" if rate > 0 else "standing still"
+        log.info("%s: %s of %s, %s/s, %s", self._description, f"{done:,}", f"{self._total:,}", f"{rate:,.0f}", left)
 
 
 class LogHandler(logging.StreamHandler[TextIO]):

@@ -30,6 +30,11 @@ class Purpose(IntEnum):
     EPOCH_ORDER = 33
     SHARD_ORDER = 34
     SPLIT_ORDER = 35
+    STORED_CROP = 36
+    CROP_CHOICE = 37
+    SAMPLE_VIEW = 38
+    GROUP_ORDER = 40
+    SUBSTITUTE = 41
     SAMPLE = 4096  #: one stream a (scale, pass): SAMPLE·(scale + 1) + pass
     SMOOTH = 1 << 30  #: added to a pass's SAMPLE stream: the Gumbel noise of its tokens, one position a token
 

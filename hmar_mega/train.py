@@ -7,10 +7,8 @@ torchrun --nproc-per-node 2 -m hmar_mega train demo parallel.tensor_parallel=2 r
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +36,8 @@ from hmar_mega.checkpoint.sources import (
 )
 from hmar_mega.config import Config
 from hmar_mega.config_io import config_to_yaml
-from hmar_mega.data.reader import SampleOrder, ShardReader, StreamLoader, check_fingerprint, eval_batches
-from hmar_mega.engine import Engine, micro_batch_size
+from hmar_mega.damage_report import DAMAGED_FILE, DamageReport
+from hmar_mega.engine import Engine
 from hmar_mega.errors import UserError
 from hmar_mega.files import check_writable, write_atomic
 from hmar_mega.fp8_attention import choose_fp8_attention
@@ -59,11 +57,10 @@ from hmar_mega.probe import format_checks, require_kernels
 from hmar_mega.run_lock import run_lock
 from hmar_mega.schedules import Schedule
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
+from hmar_mega.training_data import TrainingData, Validation, open_data, require_training_data, run_loader
 from hmar_mega.versions import check_versions, git_revision, installed_versions
 
 log = logging.getLogger(__name__)
-
-MAX_EVAL_SAMPLES = 50_000
 
 
 def train_from_config(config: Config, interrupts: Interrupts | None = None) -> Path:
@@ -82,10 +79,7 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
     folder = _check_paths(config)
     tokenizer = MultiScaleVQVAE.load(Path(str(config.tokenizer.path)))
     check_resolution(config, tokenizer)
-    data = open_shards(config.data.train, "data.train", config, tokenizer)
-    validation = open_shards(config.data.val, "data.val", config, tokenizer) if config.data.val else None
-    if validation is not None:
-        _check_classes(config, data, validation)
+    data = open_data(config, tokenizer)
     config = with_resolved(config, tokenizer)
     if resumable(config, folder, tokenizer.fingerprint) is None:
         check_origin(config, tokenizer.fingerprint)
@@ -97,7 +91,7 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
     ):
         # again, now that nobody else writes there
         reader = resumable_together(config, folder, tokenizer.fingerprint, dims)
-        schedule = Schedule.of(config, len(data))
+        schedule = Schedule.of(config, data.num_samples)
         plan = config.data.batch_plan
         last_step = plan.steps_for(schedule.total_steps * plan.full)
         last_step = min(last_step, config.optim.max_steps or last_step)
@@ -109,7 +103,7 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
             verify_together(reader.folder, dims)
         engine, start, best = _build_engine(config, folder, dims, schedule, reader)
         agreement = Agreement(interrupts or Interrupts(), dims)
-        run = _assemble(config, folder, dims, engine, tokenizer, data, validation, last_step, agreement, watch)
+        run = _assemble(config, folder, dims, engine, tokenizer, data, last_step, agreement, watch)
         run.progress.best_loss = _best_so_far(run, best)
         run.saver.failed_saves = int(reader.state.get("failed_saves", 0)) if reader is not None else 0
         if dims.is_main and engine.step < last_step:
@@ -117,6 +111,7 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
         if dims.is_main:
             run.metrics = MetricsLog(folder, config, start)
             drop_rows_after(folder / loop.SKIPPED_FILE, start)
+            drop_rows_after(folder / DAMAGED_FILE, start)
         if reader is not None:
             run.progress.saved_step = start
             run.progress.evaluation_due = _evaluation_due(run, reader)
@@ -129,7 +124,7 @@ def train_from_config(config: Config, interrupts: Interrupts | None = None) -> P
                 loop.train(run)
             finally:
                 run.saver.close()
-        run.loader.close()
+                run.loader.close()
     return folder
 
 
@@ -263,38 +258,23 @@ def _warn_of_other_semantics(config: Config, source: WeightSource) -> None:
 
 def _assemble(
     config: Config, folder: Path, dims: ParallelDims, engine: Engine, tokenizer: MultiScaleVQVAE,
-    data: ShardReader, validation: ShardReader | None, last_step: int, agreement: Agreement,
-    watch: StepWatch,
+    data: TrainingData, last_step: int, agreement: Agreement, watch: StepWatch,
 ) -> loop.Run:  # fmt: skip
-    loader = StreamLoader(
-        data, SampleOrder(len(data), config.run.seed), config.data.batch_plan,
-        micro_batch_size(config, dims.data_parallel), dims.dp_rank, dims.data_parallel,
-        start_position=engine.images_seen, workers=config.data.workers,
-    )  # fmt: skip
-    batches, rounds = None, 0
-    if validation is not None:
-        limit = min(config.eval.num_samples or MAX_EVAL_SAMPLES, len(validation))
-        batches = functools.partial(
-            eval_batches, validation, config.eval.batch_size, dims.dp_rank, dims.data_parallel, limit
-        )
-        if config.parallel.zero_stage == 3 and limit < dims.data_parallel:
-            raise UserError(
-                f"{limit} validation samples are fewer than the {dims.data_parallel} data-parallel processes, each "
-                "of which needs one under zero_stage=3; raise eval.num_samples or use zero_stage=2"
-            )
-        rounds = math.ceil(math.ceil(limit / dims.data_parallel) / config.eval.batch_size)
+    loader = run_loader(config, data, dims, engine.images_seen, tokenizer)
+    validation = None if data.validation is None else Validation(config, data.validation, dims, tokenizer)
     model: Any = engine.model
     return loop.Run(
         config=config, folder=folder, dims=dims, engine=engine,
         objective=Objective(config, tokenizer.quantizer, dims.device),
-        loader=loader, validation=batches, validation_rounds=rounds, agreement=agreement, watch=watch,
+        loader=loader, damage=DamageReport(folder, loader.account, dims), validation=validation,
+        validation_rounds=validation.rounds if validation is not None else 0, agreement=agreement, watch=watch,
         sampler=GridSampler(model, tokenizer, config, dims.is_main) if config.eval.grid_count else None,
         last_step=last_step,
         state={
             "last_step": last_step,
             "config": config.model_dump(mode="json"),
             "tokenizer_fingerprint": tokenizer.fingerprint,
-            "classes": list(data.index.classes),
+            "classes": list(data.classes),
             "versions": installed_versions(),
             "revision": git_revision(),
             "layout": {"processes": dims.world_size, **config.parallel.model_dump(mode="json")},
@@ -309,8 +289,7 @@ def _check_paths(config: Config) -> Path:
         raise UserError("run.dir is not set: say where the run goes, for example run.dir=runs/d16")
     if config.tokenizer.path is None:
         raise UserError("tokenizer.path is not set: give the folder of a trained tokenizer (hmar-mega tokenizer train)")
-    if config.data.train is None:
-        raise UserError("data.train is not set: give a folder of token shards (hmar-mega data encode)")
+    require_training_data(config.data)
     if config.stage.name == "masked" and config.run.init_from is None:
         raise UserError(
             "stage.name=masked starts from a trained next-scale model: set run.init_from to its run directory"
@@ -322,35 +301,12 @@ def _check_paths(config: Config) -> Path:
     return folder
 
 
-def open_shards(path: str | None, key: str, config: Config, tokenizer: MultiScaleVQVAE) -> ShardReader:
-    """The token shards of setting `key`; UserError when they do not go with the tokenizer, the scales or the model."""
-    reader = ShardReader(Path(str(path)), "tokens")
-    check_fingerprint(reader.index, tokenizer.fingerprint, config.schedule.scales.patch_nums)
-    if len(reader.index.classes) > config.model.num_classes:
-        raise UserError(
-            f"{key}={path} has {len(reader.index.classes)} classes, model.num_classes={config.model.num_classes}; "
-            f"set model.num_classes={len(reader.index.classes)}"
-        )
-    return reader
-
-
 def check_resolution(config: Config, tokenizer: MultiScaleVQVAE) -> None:
     """Raise UserError unless the tokenizer makes the schedule's largest map of an image of that resolution."""
     try:
         config.schedule.scales.check_fits(config.schedule.resolution, tokenizer.config.downsample)
     except ValueError as err:
         raise UserError(str(err)) from None
-
-
-def _check_classes(config: Config, data: ShardReader, validation: ShardReader) -> None:
-    """Refuse validation shards whose labels would mean other classes than those of training."""
-    ours, theirs = data.index.classes, validation.index.classes
-    if ours != theirs:
-        different = ", ".join(sorted(set(ours) ^ set(theirs))[:10]) or "only their order"
-        raise UserError(
-            f"data.val={config.data.val} has other classes than data.train={config.data.train} (different: "
-            f"{different}), so labels would mean different things; shard both from folders with the same class names"
-        )
 
 
 def with_resolved(config: Config, tokenizer: MultiScaleVQVAE) -> Config:

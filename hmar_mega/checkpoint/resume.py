@@ -58,7 +58,18 @@ def resumable(config: Config, folder: Path, fingerprint: str) -> CheckpointReade
         ("stage", "mask_input"),
     ):
         _check_same(section, key, stored[section].get(key), now[section][key], folder)
+    _check_order(stored["data"], now["data"], folder)
     return reader
+
+
+def _check_order(stored: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse another order of the samples; checkpoints of before there was a choice have none to compare."""
+    if "shuffle" not in stored:
+        stored = {**stored, "shuffle": "global", "mix": [], "reader": "index"}
+    for key in ("shuffle", "reader", *(("group_shards",) if now["shuffle"] == "groups" else ())):
+        _check_same("data", key, stored[key], now[key], folder)
+    weights = ([part["weight"] for part in data["mix"]] for data in (stored, now))
+    _check_same("data", "mix (its weights)", *weights, folder)
 
 
 def resumable_together(config: Config, folder: Path, fingerprint: str, dims: ParallelDims) -> CheckpointReader | None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from hmar_mega.data.images import DECODE_ERRORS, describe_damage, to_rgb
+from hmar_mega.data.pixels import DECODE_ERRORS, describe_damage, to_rgb
 from hmar_mega.errors import UserError
 
 Side = Literal["left", "right", "top", "bottom"]

@@ -11,6 +11,7 @@ not talk to each other: two that finish at once write the same files.
 from __future__ import annotations
 
 import io
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,16 +21,8 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from hmar_mega.data.index import (
-    LABEL_FIELD,
-    ShardEntry,
-    ShardIndex,
-    check_count,
-    file_sha256,
-    scan_tar,
-    write_index,
-    write_offsets,
-)
+from hmar_mega.data.index import ShardIndex, write_index
+from hmar_mega.data.tars import add_sample, record_shard
 from hmar_mega.errors import UserError
 from hmar_mega.files import open_atomic, write_atomic
 
@@ -173,14 +166,9 @@ class ShardStore:
 
     def write(self, chunk: Chunk, images: np.ndarray) -> None:
         """Write `shards/shard-000000.tar`."""
-        from webdataset.writer import TarWriter
-
-        with open_atomic(self._path(chunk)) as file:
-            tar = TarWriter(file, user="root", group="root", mtime=0, encoder=False, compress=False)
+        with open_atomic(self._path(chunk)) as file, tarfile.open(fileobj=file, mode="w") as tar:
             for i, image in enumerate(images):
-                key, label = f"{chunk.start + i:06d}", str(int(chunk.labels[i])).encode()
-                tar.write({"__key__": key, LABEL_FIELD: label, "png": _png(image)})
-            tar.close()
+                add_sample(tar, f"{chunk.start + i:06d}", int(chunk.labels[i]), {"png": _png(image)})
 
     def finished(self) -> bool:
         """Whether the index is there."""
@@ -188,15 +176,7 @@ class ShardStore:
 
     def finish(self, chunks: Sequence[Chunk]) -> None:
         """Write the offsets of every tar and `index.json`."""
-        entries = []
-        for chunk in chunks:
-            path = self._path(chunk)
-            size = path.stat().st_size
-            entry = ShardEntry(name=path.name, samples=len(chunk.labels), bytes=size, sha256=file_sha256(path))
-            offsets = scan_tar(path)
-            check_count(path, offsets, entry.samples)
-            write_offsets(path, entry, offsets)
-            entries.append(entry)
+        entries = [record_shard(self._path(chunk), len(chunk.labels)) for chunk in chunks]
         samples = sum(entry.samples for entry in entries)
         write_index(
             self.result, ShardIndex(kind="images", samples=samples, classes=self._classes, shards=tuple(entries))

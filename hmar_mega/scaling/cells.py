@@ -28,8 +28,10 @@ from hmar_mega.scaling.spec import Size, SweepSpec
 #: Settings that change where and how fast a run computes, not what: a cell may be moved to other machines. Folders of
 #: data and tokenizer count by their contents.
 NOT_IDENTITY = (
-    "parallel", "checkpoint", "logging", "data.workers", "data.micro_batch_size", "run.dir", "run.resume",
-    "run.resume_from", "run.peer_timeout", "tokenizer", "data.train", "data.val", "data.images", "data.images_val",
+    "parallel", "checkpoint", "logging", "data.workers", "data.worker_kind", "data.prefetch", "data.pin_memory",
+    "data.micro_batch_size", "data.read_timeout", "data.read_retries", "data.cache", "data.cache_gb", "run.dir",
+    "run.resume", "run.resume_from", "run.peer_timeout", "tokenizer", "data.train", "data.val", "data.images",
+    "data.images_val",
 )  # fmt: skip
 
 

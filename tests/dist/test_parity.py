@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hmar_mega import sequence
 from hmar_mega.config import Config
-from hmar_mega.data.reader import SampleOrder, ShardReader
+from hmar_mega.data.order import SampleOrder
+from hmar_mega.data.reader import ShardReader
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.scales import token_weights
 from hmar_mega.schedules import Schedule

@@ -95,7 +95,9 @@ def saved_in_a_forward(config: Config, batch: int) -> int:
 
 def held_after_a_step(config: Config) -> dict[str, int]:
     """Bytes that this rank's engine holds, from the storages of its tensors."""
-    from hmar_mega.data.reader import SampleOrder, ShardReader, StreamLoader
+    from hmar_mega.data.order import SampleOrder
+    from hmar_mega.data.reader import ShardReader
+    from hmar_mega.data.stream import StreamLoader
     from hmar_mega.engine import micro_batch_size
     from hmar_mega.objective import Objective
     from hmar_mega.parallel.dims import parallel_world

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import attention
+import data_rivals
+import numpy as np
 import pytest
 import torch
 import training
 from attention_table import ratios
 from common import Limits, Timing, idle_graph_memory, markdown_table, relative_error
+from mixing import measure_mixing
 from plain_model import PlainModel, PlainTrainer
 from plan_memory import TINY
 from profiles import group_of, kernels_of
 from rivals import Problem
 
 from hmar_mega.config_io import load_config
+from hmar_mega.data.order import GroupedOrder, SampleOrder
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.objective import Objective
 from hmar_mega.scales import PATCH_NUMS, ScaleSchedule
 from hmar_mega.tokenizer.quantizer import MultiScaleQuantizer
+
+#: By its path: in the repository's root `import data` would find the room of that name.
+_spec = importlib.util.spec_from_file_location("benchmarks_data", Path(attention.__file__).with_name("data.py"))
+assert _spec is not None
+assert _spec.loader is not None
+data = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(data)
 
 #: What one H100 reached.
 H100 = Limits(matmul_tflops=778, copy_gbps=3027)
@@ -205,3 +217,26 @@ def test_batches_are_consecutive_in_the_stream() -> None:
     positions = [batch.positions.tolist() for batch in [*first, *second]]
     assert positions == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert first[0].tokens.shape == (2, config.schedule.scales.num_tokens)
+
+
+def test_mixing_of_a_random_order_is_that_of_chance_and_of_neighbours_is_not() -> None:
+    labels, shard_of = np.arange(8000) * 10 // 8000, np.arange(8000) // 100
+    sizes = np.bincount(shard_of).tolist()
+    chance = measure_mixing(SampleOrder(8000, 0), labels, shard_of, 100)
+    assert chance.distance == pytest.approx(1 / 3, abs=0.01)
+    assert chance.balance == pytest.approx(1, abs=0.15)
+    stored = measure_mixing(SampleOrder(8000, 0, shuffle=False), labels, shard_of, 100)
+    assert stored.balance > 90
+    grouped = measure_mixing(GroupedOrder(sizes, 0, 10), labels, shard_of, 100)
+    assert (stored.shards, grouped.shards) == (10, 10)
+    assert chance.balance < grouped.balance < stored.balance
+
+
+@pytest.mark.parametrize("kind", ["tokens", "images"])
+def test_every_reader_of_the_data_benchmark_gives_what_ours_gives(kind: str, tmp_path: Path) -> None:
+    folder = data.make_shards(tmp_path, kind, data_rivals.Sizes(images=128, tokens=128))
+    found = data.measure("ours, threads", folder, kind, workers=1, seconds=0.01)
+    assert found["samples_per_second"] > 0
+    ours = next(data.open_ours(folder, kind, 1, "threads"))
+    theirs = next(data_rivals.open_webdataset(folder, kind, 0, data.PACKED, 0))
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)

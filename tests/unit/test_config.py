@@ -442,3 +442,20 @@ def test_the_masked_stage_after_a_training_config_changes_stage_and_epochs_only(
     assert (second.stage.name, second.stage.mask_input, second.optim.epochs) == ("masked", "leak_free", 100)
     back = {"stage": first.stage, "optim": second.optim.model_copy(update={"epochs": first.optim.epochs})}
     assert second.model_copy(update=back) == first
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=a", "data.mix=[{path: b, weight: 1}]"], r"mix and train=a both say what to train on"),
+        (["data.encode=online", "data.images=a", "data.mix=[{path: b, weight: 1}]"], r"mix and images=a both say"),
+        (["data.mix=[{path: b, weight: 0}]"], "weight"),
+        (["data.stream_samples=5"], r"stream_samples is for reader=webdataset or energon"),
+        (["data.reader=webdataset", "data.shuffle=groups"], r"reader=webdataset has no shuffle"),
+        (["data.reader=energon", "data.encode=online"], r"reader=energon has no encode"),
+        (["data.reader=webdataset", "data.cache=/tmp"], r"reader=webdataset has no cache"),
+    ],
+)
+def test_ways_of_reading_that_do_not_go_together(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(None, overrides)

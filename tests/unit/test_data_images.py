@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hmar_mega.data.images import ImageStream, decode_sample, image_grid, image_to_tensor, tensor_to_image, to_rgb
+from hmar_mega.data.images import ImageStream, decode_sample, image_grid, image_to_tensor, tensor_to_image
 from hmar_mega.data.order import SampleOrder
+from hmar_mega.data.pixels import to_rgb
 from hmar_mega.data.reader import ImageSample, ShardReader
 from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError

@@ -21,8 +21,9 @@ from hmar_mega.data.cli import add_data_parser, info_lines
 from hmar_mega.data.demo import write_demo
 from hmar_mega.data.index import ShardEntry, ShardIndex, read_index
 from hmar_mega.data.reader import ShardReader
-from hmar_mega.data.shard import shard_images
+from hmar_mega.data.shard import ShardSettings, shard_images
 from hmar_mega.errors import UserError
+from hmar_mega.tokenizer.encode import EncodeSettings
 
 
 def picture(kind: str, value: int = 0, size: tuple[int, int] = (12, 9)) -> bytes:
@@ -56,7 +57,7 @@ def facts_of(folder: Path) -> list[dict[str, object]]:
 
 
 def test_classes_are_the_sorted_subfolders_and_bytes_are_kept(src, tmp_path):
-    index = shard_images(src, tmp_path / "out", samples_per_shard=5, progress=False)
+    index = shard_images(src, tmp_path / "out", ShardSettings(samples_per_shard=5), progress=False)[""]
     assert index == read_index(tmp_path / "out")
     assert index.classes == ("ant", "bird", "cat")
     assert [shard.samples for shard in index.shards] == [5, 5, 2]
@@ -75,8 +76,8 @@ def test_origin_and_size_are_recorded(src, tmp_path):
 
 
 def test_sharding_twice_gives_the_same_bytes_and_another_seed_another_order(src, tmp_path):
-    for name, seed, workers in (("a", 0, 1), ("b", 0, 3), ("c", 1, 1)):
-        shard_images(src, tmp_path / name, progress=False, seed=seed, workers=workers)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        shard_images(src, tmp_path / name, ShardSettings(seed=seed), progress=False)
     assert content(tmp_path / "a") == content(tmp_path / "b")
     assert facts_of(tmp_path / "a") != facts_of(tmp_path / "c")
 
@@ -92,7 +93,7 @@ def test_bad_images_are_skipped_counted_and_listed(src, tmp_path, capsys):
     (src / "ant" / "text.jpg").write_text("no image")
     (src / "bird" / "half.png").write_bytes(picture("PNG", size=(300, 300))[:200])
     (src / "cat" / "film.png").write_bytes(picture("GIF"))
-    index = shard_images(src, tmp_path / "out")
+    index = shard_images(src, tmp_path / "out")[""]
     assert index.samples == 12
     assert sorted((bad.source, bad.reason.split(" (")[0]) for bad in index.skipped) == [
         ("ant/text.jpg", "not an image"),
@@ -113,7 +114,7 @@ def test_the_field_is_named_by_the_format_not_by_the_file(tmp_path):
 def test_a_class_without_images_keeps_its_label(src, tmp_path, caplog):
     (src / "bee").mkdir()
     with caplog.at_level(logging.WARNING):
-        index = shard_images(src, tmp_path / "out", progress=False)
+        index = shard_images(src, tmp_path / "out", progress=False)[""]
     assert index.classes == ("ant", "bee", "bird", "cat")
     assert "keep their labels: bee" in caplog.text
 
@@ -280,7 +281,7 @@ def test_demo_command_prints_one_line(tmp_path, capsys):
 
 
 def test_shard_command(src, tmp_path, capsys):
-    assert run("shard", src, tmp_path / "out", "--samples-per-shard", 4) == 0
+    assert run("shard", src, tmp_path / "out", "--samples-per-shard", 4, "--workers", 1) == 0
     assert "12 images of 3 classes in 3 shards" in capsys.readouterr().out
     assert len(read_index(tmp_path / "out").shards) == 3
 
@@ -293,11 +294,11 @@ def test_encode_command_loads_the_tokenizer_and_passes_the_options(monkeypatch, 
     monkeypatch.setitem(sys.modules, model.__name__, model)
     monkeypatch.setattr("hmar_mega.tokenizer.encode.encode_shards", lambda *a, **k: calls.append((a, k)))
     words = ["encode", "images", "tok", tmp_path / "out", "--batch-size", 3, "--augment", "crop", "--device", "cpu"]
-    assert run(*words) == 0
+    assert run(*words, "--crops", 2, "--part", "2/4") == 0
     assert calls[0] == Path("tok")
     args, options = calls[1]
-    assert args == (Path("images"), tokenizer, tmp_path / "out")
-    assert (options["batch_size"], options["augment"], str(options["device"])) == (3, "crop", "cpu")
+    assert args == (Path("images"), tokenizer, tmp_path / "out", EncodeSettings(batch_size=3, augment="crop", crops=2))
+    assert (str(options["device"]), options["part"], options["parts"]) == ("cpu", 1, 4)
 
 
 def test_encode_command_with_a_device_that_is_none(tmp_path):
@@ -320,7 +321,7 @@ def test_info_lists_ten_shards_and_counts_the_rest():
     assert lines[-2].startswith("shard-000009.tar")
 
 
-@pytest.mark.parametrize("command", ["demo", "shard", "encode", "info"])
+@pytest.mark.parametrize("command", ["demo", "shard", "encode", "info", "check", "stats", "view"])
 def test_help_ends_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         run(command, "--help")

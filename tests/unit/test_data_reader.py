@@ -13,18 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmar_mega.data.index import TokenFormat, offsets_path, read_index
-from hmar_mega.data.reader import (
-    Batch,
-    SampleOrder,
-    ShardReader,
-    StreamLoader,
-    check_batch_sizes,
-    check_fingerprint,
-    eval_batches,
-    npy_bytes,
-)
+from hmar_mega.data.order import SampleOrder
+from hmar_mega.data.reader import ShardReader, check_fingerprint, npy_bytes
+from hmar_mega.data.stream import Batch, StreamLoader, eval_batches
 from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
+from hmar_mega.micro_batches import check_batch_sizes
 
 TOKENS = TokenFormat(patch_nums=(1, 2), codebook_size=256, fingerprint="f00d", resolution=16)
 COUNT = 26  # in shards of 7: no batch size below fits the edges of shards or epochs
@@ -250,7 +244,7 @@ def test_seeds_give_different_streams(reader):
 def test_wait_is_the_time_of_the_last_step(reader, monkeypatch):
     stream = loader(reader, world=1, rank=0)
     clock = iter([10.0, 10.5])
-    monkeypatch.setattr("hmar_mega.data.reader.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("hmar_mega.data.stream.time.perf_counter", lambda: next(clock))
     next(stream)
     assert stream.wait_seconds == 0.5
 

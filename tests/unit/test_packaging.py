@@ -33,6 +33,7 @@ EDGE = (
     "hmar_mega/model/fp8_scaling.py",
     "hmar_mega/model/attention_te.py",
     "hmar_mega/probe.py",
+    "data/energon_stream.py",
     "tests/",
     "benchmarks/",
     "examples/",
