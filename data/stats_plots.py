@@ -122,7 +122,7 @@ def _codebook(stats: Stats) -> Figure:
     best = [min(1.0, scale.counts.sum() / codes) for scale in stats.scales]
     used.bar(sides, [scale.used for scale in stats.scales], color=colours)
     used.scatter(sides, best, marker="_", s=140, color="#4a5160", label="with no code twice")
-    used.set_ylim(0, 1.08)
+    used.set_ylim(0, 1.2)
     used.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     used.set_title(f"codes used, of {codes:,}")
     used.legend(frameon=False, fontsize=8, loc="upper left")
