@@ -106,7 +106,7 @@ class Adversary:
         self.averages = torch.zeros(2, device=device)  #: of D at real images and at reconstructions
 
     def learns(self, step: int) -> bool:
-        """Whether it takes a step of its own after `step`: from half the way to `start` on, to know something by then."""
+        """Whether it takes a step of its own after `step`: from half of `start` on, to know something by then."""
         return step >= self.config.start // 2
 
     def speaks(self, step: int) -> bool:

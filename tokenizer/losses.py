@@ -55,5 +55,6 @@ def uneven_choice(rows: Sequence[Tensor], codebook: Tensor) -> Tensor:
         squared = (some.square().sum(1, keepdim=True) - 2 * some @ codebook.T + codebook.square().sum(1)).clamp_min(0)
         temperature = squared.detach().amin(1).mean().clamp_min(1e-6)
         mean = F.softmax(-squared / temperature, dim=1).mean(0)
-        total = total + 1 - torch.special.entr(mean).sum() / math.log(len(codebook))
+        # the slope of entropy is infinite at 0, where the far codes are
+        total = total + 1 - torch.special.entr(mean + 1e-12).sum() / math.log(len(codebook))
     return total / len(rows)

@@ -65,7 +65,8 @@ def finished_tokenizer(checkpoint: Path) -> MultiScaleVQVAE:
     reader = CheckpointReader(checkpoint)
     config: dict[str, Any] = reader.state["config"]
     section = TokenizerConfig.model_validate(config["tokenizer"])
-    model = MultiScaleVQVAE(section, ScaleSchedule(tuple(reader.state["patch_nums"])))
+    with torch.random.fork_rng(devices=[]):  # the first weights, drawn and thrown away
+        model = MultiScaleVQVAE(section, ScaleSchedule(tuple(reader.state["patch_nums"])))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             kind = EMA if EMA in reader.kinds(name) else "weight"
