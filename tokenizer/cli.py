@@ -73,9 +73,9 @@ def _add_eval(commands: Any) -> None:
         commands,
         "eval",
         "measure a tokenizer on held-out images",
-        "PSNR, SSIM, perceptual distance, rFID, bits per pixel, and per scale: PSNR of what the first scales give, codes\n"
-        "used, perplexity. Prints the table; writes eval.md, eval.json and grids (originals, reconstructions, errors, first\n"
-        "scales alone) into OUT.",
+        "PSNR, SSIM, perceptual distance, rFID, bits per pixel, and per scale: PSNR of what the first scales give,\n"
+        "codes used, perplexity. Prints the table; writes eval.md, eval.json and grids (originals, reconstructions,\n"
+        "errors, first scales alone) into OUT.",
         "  hmar-mega tokenizer eval vae shards/val --out eval\n"
         "  hmar-mega tokenizer eval vae shards/val --against models/d16/tokenizer --out eval",
     )
