@@ -30,8 +30,8 @@ def _add_train(commands: Any) -> None:
         "train a tokenizer on image shards, alone or under torchrun",
         "Train the multi-scale VQ-VAE of a configuration on the image shards in data.images; the result goes to OUT.\n"
         "Started again, it goes on from the last checkpoint in OUT.",
-        EXAMPLE + "\n  torchrun --nproc-per-node 8 -m hmar_mega tokenizer train tokenizer/published-256 --out vae \\\n"
-        "      data.images=shards/train data.images_val=shards/val",
+        EXAMPLE + "\n  torchrun --nproc-per-node 8 -m hmar_mega tokenizer train tokenizer/published-256 --out vae "
+        "data.images=shards/train",
     )
     add_config_arguments(train)
     train.add_argument("--out", type=Path, help="folder of the run and of the trained tokenizer (default: run.dir)")
