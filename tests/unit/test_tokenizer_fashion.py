@@ -1,4 +1,4 @@
-"""A small tokenizer learns real images on a CPU: Fashion-MNIST at 32 px, from Debian's package where that is installed."""
+"""A small tokenizer learns real images on a CPU: Fashion-MNIST at 32 px, where Debian's package is installed."""
 
 from __future__ import annotations
 
