@@ -83,6 +83,7 @@ class TokenizerTrainConfig(Section):
     dead_code_steps: int = Field(100, ge=0, description="restart codes unused for this many steps; 0 never")
     restart_until: float = Field(0.8, ge=0, le=1, description="fraction of training after which no code is restarted")
     compile: bool = Field(False, description="torch.compile of encoder and decoder")
+    channels_last: bool = Field(False, description="lay images out channels last, which convolutions of a GPU like")
     cache_mib: int = Field(2048, ge=0, description="keep decoded images in memory where all of them fit (augment none)")
     allow_upscaling: bool = Field(False, description="take images smaller than the resolution, enlarged")
     log_interval: int = Field(20, ge=1)

@@ -75,6 +75,8 @@ class TokenizerObjective:
     def training(self, forward: Forward, batch: ImageBatch) -> TokenizerScores:
         """The scores of one micro-batch."""
         images = to_device(batch, self.device)
+        if self.train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             reconstruction, quantized = forward(images, self._kept(batch))
             reconstruction = reconstruction.float()
@@ -113,12 +115,11 @@ class TokenizerObjective:
 
 
 def to_device(batch: ImageBatch, device: torch.device) -> Tensor:
-    """The images on the device, (B, 3, R, R) float32 in [−1, 1], channels last on a GPU, whose convolutions want it."""
+    """The images on the device, (B, 3, R, R) float32 in [−1, 1]."""
     pixels = batch.pixels
     if device.type == "cuda":
         pixels = pixels.pin_memory().to(device, non_blocking=True)
-    images = pixels.float() / 127.5 - 1
-    return images.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else images
+    return pixels.float() / 127.5 - 1
 
 
 def autocast_dtype(config: Config) -> torch.dtype | None:

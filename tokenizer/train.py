@@ -191,7 +191,7 @@ def _assemble(
             "kind": KIND, "last_step": train.steps, "config": config.model_dump(mode="json"),
             "patch_nums": list(model.schedule.patch_nums), "classes": list(data.index.classes),
             "versions": installed_versions(), "revision": git_revision(),
-            "layout": {"processes": dims.world_size, "zero_stage": config.parallel.zero_stage},
+            "layout": {"processes": dims.world_size, **inner.parallel.model_dump(mode="json")},
         },
     )  # fmt: skip
     best = reader.state.get("best_psnr") if reader is not None else None

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hmar_mega.cli import main
 from hmar_mega.config import Config, TokenizerTrainConfig
 from hmar_mega.config_io import parse_config
 from hmar_mega.data.image_loader import ImageLoader
@@ -136,6 +137,14 @@ def test_the_folder_holds_a_run_and_a_tokenizer_that_loads(trained):
     ]  # fmt: skip
     with Image.open(out / "reconstructions.png") as picture:
         assert picture.size == (9 * 64, 3 * 64)
+
+
+def test_checkpoints_of_a_tokenizer_are_listed_and_verified_as_others(trained, capsys):
+    assert main(["checkpoint", "list", str(trained[0])]) == 0
+    assert "step-00000060" in capsys.readouterr().out
+    assert main(["checkpoint", "show", str(trained[0]), "--tensors"]) == 0
+    assert "usage.hits" in capsys.readouterr().out
+    assert main(["checkpoint", "verify", str(trained[0])]) == 0
 
 
 def test_a_finished_run_started_again_gives_the_same_tokenizer(trained, shards):
