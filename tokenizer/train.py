@@ -123,6 +123,13 @@ def open_images(config: Config) -> tuple[ShardReader, ShardReader | None]:
     """The image shards to train on and those held out; UserError when they are missing or too few for the codebook."""
     if config.data.images is None:
         raise UserError("data.images is not set: give a folder of image shards (hmar-mega data shard)")
+    adversarial, side = config.tokenizer.train.adversarial, config.schedule.resolution
+    if adversarial.weight and side < 3 << adversarial.layers:  # two convolutions follow that take a pixel each
+        raise UserError(
+            f"tokenizer.train.adversarial.layers={adversarial.layers} needs images of at least "
+            f"{3 << adversarial.layers} px, and schedule.resolution={side}; use fewer layers, or "
+            "tokenizer.train.adversarial.weight=0"
+        )
     if config.logging.wandb != "off":
         require_wandb(config.logging.wandb)
     reader = ShardReader(Path(config.data.images), "images")

@@ -18,7 +18,7 @@ from hmar_mega.tokenizer.train import train_tokenizer
 SOURCE = Path(os.environ.get("FASHION_MNIST", FASHION_FOLDER))
 
 #: Held-out PSNR in dB that so short a training must reach; a grey image has about 9.
-DEMANDED_PSNR = 17.5
+DEMANDED_PSNR = 16.0
 
 
 @pytest.mark.slow
@@ -40,14 +40,13 @@ def test_fashion_mnist_is_reconstructed_with_every_code_in_use(tmp_path: Path):
         "tokenizer/fashion-32",
         [
             f"data.images={tmp_path / 'train'}", f"data.images_val={tmp_path / 'val'}", "tokenizer.base_channels=16",
-            "tokenizer.codebook_size=256", "tokenizer.train.steps=180", "tokenizer.train.batch_size=16",
+            "tokenizer.codebook_size=256", "tokenizer.train.steps=150", "tokenizer.train.batch_size=16",
             "tokenizer.train.init_images=64", "tokenizer.train.lr=4e-3", "tokenizer.train.dead_code_steps=25",
             "eval.num_samples=256", "eval.grid_count=0",
         ],
     )  # fmt: skip
     metrics = train_tokenizer(config, tmp_path / "vae")
     assert metrics is not None
-    print(metrics)
     assert metrics["val_psnr"] > DEMANDED_PSNR
     assert metrics["usage_any"] > 0.95
     assert metrics["collapsed_scales"] == []

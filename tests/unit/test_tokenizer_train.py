@@ -337,6 +337,7 @@ def test_what_cannot_be_trained_on_is_refused(shards, tmp_path: Path):
     refused(changed(plain, "data", images=None), "data.images is not set")
     refused(changed(plain, "tokenizer", codebook_size=4096), r"4096 is more than the 40 images .* at most 200 codes")
     refused(changed(plain, "precision", compute="fp16"), "without loss scaling")
+    refused(config(shards, adversarial={"weight": 1, "layers": 2}), "layers=2 needs images of at least 12 px")
     refused(changed(plain, "parallel", zero_stage=3), "zero_stage=1 or 2")
     small = write_images(tmp_path / "small", [Image.new("RGB", (6, 9))] * 8)
     refused(changed(plain, "data", images=str(small)), r"sample 00000\d is 6×9 px, smaller than .*allow_upscaling=true")
