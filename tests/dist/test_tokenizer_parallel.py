@@ -23,12 +23,13 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 STEPS = 5
 
 
-def config(folder: Path, out: str, zero_stage: int, steps: int = STEPS) -> Config:
+def config(folder: Path, out: str, zero_stage: int, steps: int = STEPS, **changes: object) -> Config:
     """Everything that has a state, and Adam's eps so large that rounding noise is no full step."""
     train = {
         "steps": steps, "batch_size": 8, "micro_batch_size": 2, "warmup_steps": 2, "lr": 1e-2, "log_interval": 1,
         "dead_code_steps": 0, "ema_decay": 0.9, "truncate_prob": 0.3,
         "adversarial": {"weight": 0.1, "adaptive": False, "channels": 8, "layers": 1, "start": 2},
+        **changes,
     }  # fmt: skip
     tokenizer = {
         "base_channels": 8, "channel_mult": [1, 1, 1], "encoder_res_blocks": 1, "decoder_res_blocks": 1,
@@ -92,3 +93,16 @@ def test_one_process_goes_on_where_two_stopped(folder: Path):
     for key in ("loss", "discriminator", "l2"):
         two, one = ([row[key] for row in part[-2:]] for part in rows)
         assert two == pytest.approx(one, rel=1e-3), key
+
+
+def test_restarted_codes_reach_the_float32_masters_of_both_processes(folder: Path):
+    """At a learning rate of next to nothing, codes can only have changed by a restart that the optimizer kept."""
+    codes = {}
+    for name, patience in (("kept", 0), ("restarted", 1)):
+        still = {"lr": 1e-9, "dead_code_steps": patience, "restart_until": 1, "adversarial": {"weight": 0}}
+        run_ranks(2, train_rank, config(folder, name, 1, **still))
+        codes[name] = Outcome.of(folder / name).tensors["quantizer.embedding.weight", "weight"]
+    rows = [r for r in read_metrics(folder / "restarted") if r["kind"] == "train"]
+    assert sum(r["renewed_codes"] for r in rows) > 0
+    changed = (codes["kept"] - codes["restarted"]).abs().amax(1) > 1e-4
+    assert 0 < int(changed.sum()) <= sum(r["renewed_codes"] for r in rows)
