@@ -82,6 +82,6 @@ def _decisive(config: dict[str, Any], patch_nums: tuple[int, ...]) -> dict[str, 
     flat |= {"schedule.resolution": config["schedule"]["resolution"], "schedule.patch_nums": list(patch_nums)}
     flat |= {"tokenizer.train.batch_size": train["batch_size"], "run.seed": config["run"]["seed"]}
     adversarial = train["adversarial"]
-    flat |= {f"tokenizer.train.adversarial.{key}": adversarial[key] for key in ("channels", "layers")}
     flat["tokenizer.train.adversarial.weight"] = "more than 0" if adversarial["weight"] else 0
+    flat |= {f"tokenizer.train.adversarial.{key}": adversarial[key] for key in ("channels", "layers")}
     return flat

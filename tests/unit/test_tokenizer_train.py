@@ -293,7 +293,10 @@ CHANGES = {
     "tokenizer.base_channels": {"tokenizer.base_channels": 16},
     "tokenizer.codebook_size": {"tokenizer.codebook_size": 8},
     "tokenizer.train.batch_size": {"tokenizer.train.batch_size": 4},
-    "tokenizer.train.adversarial.weight": {"tokenizer.train.adversarial.weight": 0.1},
+    "tokenizer.train.adversarial.weight": {
+        "tokenizer.train.adversarial.weight": 0.1,
+        "tokenizer.train.adversarial.layers": 1,
+    },
     "run.seed": {"run.seed": 5},
 }
 
