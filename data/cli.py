@@ -40,16 +40,19 @@ def _add_demo(commands: Any) -> None:
         "write a small set of real images as image shards",
         "Write a small set of real images as image shards to OUT/train and OUT/val.\n\n"
         "digits         1797 handwritten digits, from scikit-learn\n"
-        "fashion-mnist  70 000 articles of clothing, from Debian's package dataset-fashion-mnist",
+        "fashion-mnist  70 000 articles of clothing, from Debian's package dataset-fashion-mnist\n"
+        "emoji          up to 7572 emoji, from npm's packages emoji-datasource-google and -twitter\n"
+        "openclipart    about 5900 clip arts, from Debian's package openclipart-png\n\n"
+        "Nothing is downloaded; where a package is missing, the error says how to get it.",
         "  hmar-mega data demo digits data/digits --size 16",
     )
-    parser.add_argument("name", choices=("digits", "fashion-mnist"), help="which set")
+    parser.add_argument("name", choices=("digits", "fashion-mnist", "emoji", "openclipart"), help="which set")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
-    parser.add_argument("--size", type=int, help="side in pixels (default: 16 for digits, 32 for fashion-mnist)")
+    parser.add_argument("--size", type=int, help="side in pixels (default: 16, 32, 64, 128)")
     parser.add_argument(
         "--val-fraction", type=float, help="share that goes to OUT/val (default: the published split, else 0.1)"
     )
-    parser.add_argument("--source", type=Path, help="folder of fashion-mnist's four .gz files, if not Debian's")
+    parser.add_argument("--source", type=Path, help="folder of the package, where it is not installed as usual")
     parser.set_defaults(run=_run_demo)
 
 

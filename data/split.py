@@ -9,11 +9,14 @@ from hmar_mega.errors import UserError
 from hmar_mega.rng import Purpose
 
 
-def stratified_split(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
+def stratified_split(
+    labels: np.ndarray, fraction: float, seed: int = 0, groups: np.ndarray | None = None
+) -> np.ndarray:
     """Mark the share `fraction` of every class, at least one image and not all, (n,) bool.
 
     Args:
         labels: (n,).
+        groups: (n,), numbers of what stays on one side; of which the share is then taken, and not of images.
 
     Raises:
         UserError: when `fraction` is not between 0 and 1.
@@ -24,6 +27,8 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int = 0) -> np.n
     order = np.argsort(labels, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
         label = int(labels[members[0]])
-        taken = min(max(1, round(fraction * len(members))), len(members) - 1)
-        is_val[members[permutation(len(members), seed, label, Purpose.SPLIT_ORDER)[:taken]]] = True
+        units = members if groups is None else np.unique(groups[members])
+        taken = min(max(1, round(fraction * len(units))), len(units) - 1)
+        chosen = units[permutation(len(units), seed, label, Purpose.SPLIT_ORDER)[:taken]]
+        is_val[chosen if groups is None else members[np.isin(groups[members], chosen)]] = True
     return is_val

@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from hmar_mega.config_base import Section, one_of
 from hmar_mega.config_data import DataConfig
 from hmar_mega.config_precision import PrecisionConfig
+from hmar_mega.config_tokenizer import Beta, TokenizerConfig, TokenizerTrainConfig
 from hmar_mega.scales import PATCH_NUMS, Pattern, ScaleSchedule, mask_schedule_for
 
-#: A decay rate of Adam's moving averages.
-Beta = Annotated[float, Field(ge=0, lt=1)]
+__all__ = ["Config", "TokenizerConfig", "TokenizerTrainConfig"]
 
 
 class AttentionConfig(Section):
@@ -114,63 +114,6 @@ class ScheduleConfig(Section):
     def resolved_mask_schedule(self) -> tuple[tuple[int, ...], ...]:
         """The sampling passes of every scale."""
         return mask_schedule_for(self.scales, self.mask_schedule)
-
-
-class TokenizerTrainConfig(Section):
-    """Training of the multi-scale VQ-VAE on image shards."""
-
-    steps: int = Field(2000, ge=1)
-    batch_size: int = Field(64, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(50, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    clip: float = Field(1.0, gt=0)
-    l1_weight: float = Field(0.2, ge=0)
-    l2_weight: float = Field(1.0, ge=0)
-    vq_weight: float = Field(1.0, ge=0)
-    dead_code_steps: int = Field(100, ge=0, description="restart codes unused for this many steps; 0 never")
-    restart_until: float = Field(0.8, ge=0, le=1, description="fraction of training after which no code is restarted")
-    log_interval: int = Field(20, ge=1)
-
-
-class TokenizerConfig(Section):
-    """The multi-scale residual VQ-VAE (VQGAN convolutions, shared codebook, shared φ)."""
-
-    path: str | None = Field(None, description="folder of a trained tokenizer")
-    base_channels: int = Field(160, ge=1)
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    encoder_res_blocks: int = Field(2, ge=1)
-    decoder_res_blocks: int = Field(3, ge=1)
-    latent_channels: int = Field(32, ge=1)
-    norm_groups: int = Field(32, ge=1)
-    attention: bool = Field(True, description="self-attention at the lowest resolution and in the middle")
-    codebook_size: int = Field(4096, ge=2, le=65536)
-    num_phi: int = Field(4, ge=1)
-    phi_ratio: float = Field(0.5, ge=0, le=1)
-    using_znorm: bool = Field(False, description="cosine instead of L2 nearest neighbour")
-    beta: float = Field(0.25, gt=0)
-    train: TokenizerTrainConfig = TokenizerTrainConfig()
-
-    @property
-    def downsample(self) -> int:
-        """Pixels per latent cell: 2 for every level after the first."""
-        return 1 << (len(self.channel_mult) - 1)
-
-    @model_validator(mode="after")
-    def _check(self) -> TokenizerConfig:
-        bad = [self.base_channels * m for m in self.channel_mult if self.base_channels * m % self.norm_groups]
-        if bad:
-            raise ValueError(
-                f"base_channels={self.base_channels} × channel_mult={self.channel_mult} gives {bad[0]} channels, which "
-                f"norm_groups={self.norm_groups} does not divide; change one of the three"
-            )
-        if self.downsample not in (4, 8, 16):
-            raise ValueError(
-                f"channel_mult has {len(self.channel_mult)} levels (downsample {self.downsample}); use 3, "
-                "4 or 5 levels for downsample 4, 8 or 16"
-            )
-        return self
 
 
 class StageConfig(Section):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hmar_mega.checkpoint.sources import EMA
 from hmar_mega.config import Config
-from hmar_mega.errors import UserError
+from hmar_mega.errors import TrainingError, UserError
 from hmar_mega.micro_batches import micro_batch_size
 from hmar_mega.model.graphs import attach_graphs
 from hmar_mega.objective import Objective, Scores, TokenBatch
@@ -27,6 +27,8 @@ from hmar_mega.parallel.pipeline import PipelineModel, PipelineSchedule
 from hmar_mega.parallel.slim_import import slim_import
 from hmar_mega.schedules import Schedule
 
+__all__ = ["COMPUTE_DTYPES", "Engine", "TrainingError", "quiet_deepspeed"]
+
 log = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,15 +37,11 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last checkpoint is good."""
-
-
 class Engine:
     """The model, its optimizer and DeepSpeed's ZeRO engine around them.
 
     Args:
-        model: HMAR; parameters with `requires_grad=False` are frozen and get no optimizer state.
+        model: HMAR, or a tokenizer; parameters with `requires_grad=False` are frozen and get no optimizer state.
         config: whole configuration.
         dims: grid of ranks.
         schedule: learning rate and weight decay by step.
@@ -61,8 +59,8 @@ class Engine:
                 "use precision.compute=bf16 or fp32"
             )
         self.model, self.dims, self.schedule = model, dims, schedule
-        layers: Any = model.layers
-        self.fp8 = layers.fp8  #: scales of FP8 linears, None without any
+        layers: Any = getattr(model, "layers", None)  # a tokenizer has convolutions of torch's alone
+        self.fp8 = layers.fp8 if layers is not None else None  #: scales of FP8 linears, None without any
         micro = micro_batch_size(config, dims.data_parallel)
         self.batches = config.data.batch_plan
         self.step = 0
@@ -99,7 +97,8 @@ class Engine:
         self.ema_decay = config.optim.ema_decay
         if self.ema_decay:  # of the float32 masters this process owns, one tensor for each of DeepSpeed's flat ones
             self._ema = [flat.detach().clone() for flat in zero.flat_masters(self.zero)]
-        attach_graphs(model, config, dims.device.type, dims.data_parallel)
+        if layers is not None:
+            attach_graphs(model, config, dims.device.type, dims.data_parallel)
         self._pipeline = None
         if isinstance(model, PipelineModel):
             dtype = COMPUTE_DTYPES[config.precision.compute]

@@ -13,6 +13,10 @@ class UserError(ValueError):
     rank: int | None = None
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last checkpoint is good."""
+
+
 def refuse_options(why: str, **options: object) -> None:
     """Raise UserError for options of the command line that were given and would do nothing.
 

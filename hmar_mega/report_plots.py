@@ -20,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from hmar_mega.tokenizer.train import USAGE_WINDOW
+from hmar_mega.tokenizer.codebook import USAGE_WINDOW
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -76,12 +76,13 @@ def read_stage(folder: Path) -> Stage:
 
 
 def read_tokenizer(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A tokenizer's metrics.json, and the rows of its metrics.jsonl.
+    """A tokenizer's metrics.json, and the rows of its metrics.jsonl that tell of training.
 
     Raises:
         UserError: when one of them is missing or unreadable.
     """
-    return _read_json(folder / "metrics.json", TRAIN_TOKENIZER), _rows(folder, TRAIN_TOKENIZER)
+    rows = [row for row in _rows(folder, TRAIN_TOKENIZER) if row.get("kind", "train") == "train"]
+    return _read_json(folder / "metrics.json", TRAIN_TOKENIZER), rows
 
 
 def _rows(folder: Path, remedy: str) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     DROP_PATH = 4
     CODEBOOK_RENEWAL = 8
     CODEBOOK_START = 9
+    TRUNCATION = 10
     CROP = 32
     EPOCH_ORDER = 33
     SHARD_ORDER = 34

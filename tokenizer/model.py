@@ -219,6 +219,7 @@ class MultiScaleVQVAE(nn.Module):
             phi_ratio=config.phi_ratio,
             using_znorm=config.using_znorm,
             beta=config.beta,
+            code_channels=config.code_channels,
         )
 
     @property
@@ -254,9 +255,13 @@ class MultiScaleVQVAE(nn.Module):
         """Tokens (B, N) int64 to images (B, 3, R, R) in [−1, 1]; UserError when there are not N of them."""
         return self.decode(self.quantizer.f_hat(tokens))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
-        """Images (B, 3, R, R) to their reconstruction, not clamped, and what the quantizer did: for training."""
-        quantized = self.quantizer(self.latent(images))
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, QuantizerOutput]:
+        """Images (B, 3, R, R) to their reconstruction, not clamped, and what the quantizer did: for training.
+
+        Args:
+            kept: (B,) int64, how many of the first scales an image is decoded from; default all.
+        """
+        quantized = self.quantizer(self.latent(images), kept)
         return self.decoder(self.post_quant_conv(quantized.f_hat)), quantized
 
     @property
@@ -266,8 +271,7 @@ class MultiScaleVQVAE(nn.Module):
         A sha256 over the architecture (neither `train` nor `path`), patch_nums and the name, dtype, shape and bytes of
         every parameter. It reads all weights at each call (about half a second for the published 109 M).
         """
-        architecture = self.config.model_dump(mode="json", exclude={"train", "path"})
-        described = {"tokenizer": architecture, "patch_nums": self.schedule.patch_nums}
+        described = {"tokenizer": self.config.architecture, "patch_nums": self.schedule.patch_nums}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         for name, weight in sorted(self.named_parameters()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

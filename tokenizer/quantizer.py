@@ -28,7 +28,7 @@ class QuantizerOutput:
     """What one training forward pass gives.
 
     Attributes:
-        f_hat: (B, Z, h, w) float32 quantized latent; its gradient passes straight through to f.
+        f_hat: (B, Z, h, w) float32 quantized latent, of the scales kept; its gradient passes straight through to f.
         tokens: (B, N) int64.
         loss: scalar float32, see `MultiScaleQuantizer.forward`.
         rows: for each scale the (B·p_k², Z) float32 vectors that were looked up, without gradient.
@@ -51,6 +51,8 @@ class MultiScaleQuantizer(nn.Module):
         phi_ratio: share of the convolution in φ.
         using_znorm: nearest code by cosine instead of L2.
         beta: weight of the commitment term.
+        code_channels: d < Z: the codebook is (V, d) and a learned (Z, d) matrix spreads its codes over Z channels, a
+            codebook of rank d. Default Z, without that matrix.
     """
 
     ema_vocab_hit: Tensor
@@ -64,6 +66,7 @@ class MultiScaleQuantizer(nn.Module):
         phi_ratio: float = 0.5,
         using_znorm: bool = False,
         beta: float = 0.25,
+        code_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.schedule = schedule
@@ -71,7 +74,11 @@ class MultiScaleQuantizer(nn.Module):
         self.using_znorm = using_znorm
         self.beta = beta
         self.phi_of_scale = schedule.phi_index(num_phi)
-        self.embedding = nn.Embedding(codebook_size, latent_channels)
+        self.latent_channels = latent_channels
+        self.embedding = nn.Embedding(codebook_size, code_channels or latent_channels)
+        if code_channels is not None:
+            self.expand = nn.Linear(code_channels, latent_channels, bias=False)
+            nn.init.orthogonal_(self.expand.weight)
         self.phi = nn.ModuleList(nn.Conv2d(latent_channels, latent_channels, 3, padding=1) for _ in range(num_phi))
         # How often each scale used each code, a moving average that training keeps (usage is a record, not a weight).
         self.register_buffer("ema_vocab_hit", torch.zeros(schedule.num_scales, codebook_size))
@@ -87,7 +94,7 @@ class MultiScaleQuantizer(nn.Module):
             (R,) int64 in [0, V).
         """
         with torch.autocast(z_rows.device.type, enabled=False), exact_float32():
-            codes = self.embedding.weight.detach().float()
+            codes = self.codebook.detach()
             if self.using_znorm:
                 codes = F.normalize(codes, dim=-1)
                 offset = codes.new_zeros(codes.shape[0])
@@ -113,7 +120,7 @@ class MultiScaleQuantizer(nn.Module):
             (B, Z, h, w) float32.
         """
         with torch.autocast(tokens.device.type, enabled=False), exact_float32():
-            codes = self.embedding(tokens).float()
+            codes = self._spread(self.embedding(tokens))
             if keep is not None:
                 codes = torch.where(keep[..., None], codes, codes.new_zeros(()))
             return self.code_features(scale, codes)
@@ -129,8 +136,23 @@ class MultiScaleQuantizer(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes, (V, Z)."""
-        return self.embedding.weight
+        """The codes as they stand in the latent, (V, Z) float32."""
+        with torch.autocast(self.embedding.weight.device.type, enabled=False), exact_float32():
+            return self._spread(self.embedding.weight)
+
+    @torch.no_grad()
+    def stored(self, codes: Tensor) -> Tensor:
+        """What the codebook holds for codes (n, Z): themselves, or the nearest of its rank, (n, d) float32."""
+        if self.embedding.embedding_dim == self.latent_channels:
+            return codes.float()
+        with torch.autocast(codes.device.type, enabled=False), exact_float32():
+            return codes.float() @ torch.linalg.pinv(self.expand.weight.float()).T
+
+    def _spread(self, codes: Tensor) -> Tensor:
+        """Codes (…, d) to (…, Z) float32."""
+        if self.embedding.embedding_dim == self.latent_channels:
+            return codes.float()
+        return F.linear(codes.float(), self.expand.weight.float())
 
     @torch.no_grad()
     def encode(self, f: Tensor) -> Tensor:
@@ -157,11 +179,15 @@ class MultiScaleQuantizer(nn.Module):
             f_hat = f_hat + self.scale_features(k, tokens[:, self.schedule.span(k)])
         return f_hat
 
-    def forward(self, f: Tensor) -> QuantizerOutput:
+    def forward(self, f: Tensor, kept: Tensor | None = None) -> QuantizerOutput:
         """Quantize f (B, Z, h, w) for training.
 
         loss = mean over scales of β·mse(sg(f̂_k), f) + mse(f̂_k, sg(f)), where f̂_k sums the features of scales 1…k and
         sg stops the gradient: the first term moves the encoder, the second the codebook and φ.
+
+        Args:
+            kept: (B,) int64, how many of the first scales make up a sample's f̂; the loss counts all scales
+                nevertheless. Default all.
 
         Raises:
             UserError: when f is not a p_K × p_K map of Z channels.
@@ -169,21 +195,24 @@ class MultiScaleQuantizer(nn.Module):
         f = f.float()
         fixed = f.detach()
         f_hat = torch.zeros_like(fixed)
+        truncated = torch.zeros_like(fixed)
         loss = fixed.new_zeros(())
         all_rows, all_tokens = [], []
-        for rows, tokens, features in self._walk(fixed):
+        for k, (rows, tokens, features) in enumerate(self._walk(fixed)):
             f_hat = f_hat + features
+            if kept is not None:
+                truncated = truncated + features.detach() * (kept > k)[:, None, None, None]
             loss = loss + self.beta * F.mse_loss(f_hat.detach(), f) + F.mse_loss(f_hat, fixed)
             all_rows.append(rows)
             all_tokens.append(tokens)
-        straight_through = f + (f_hat - f).detach()
+        straight_through = f + ((f_hat if kept is None else truncated) - f).detach()
         return QuantizerOutput(
             straight_through, torch.cat(all_tokens, dim=1), loss / self.schedule.num_scales, tuple(all_rows)
         )
 
     def _walk(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Residual encoding scale by scale: (looked-up rows (B·p_k², Z), tokens (B, p_k²), features (B, Z, h, w))."""
-        channels, grid = self.embedding.embedding_dim, self.schedule.grid
+        channels, grid = self.latent_channels, self.schedule.grid
         if f.shape[1:] != (channels, grid, grid):
             raise UserError(
                 f"latent of shape {tuple(f.shape)} does not fit this quantizer: it must be (B, {channels}, {grid}, "

@@ -1,167 +1,223 @@
-"""Training of the tokenizer, from images to a folder that `MultiScaleVQVAE.load` reads: plain torch, one process.
+"""Training of the tokenizer, from image shards to a folder that `MultiScaleVQVAE.load` reads: set-up and finish.
 
-    train_tokenizer(config, batches, Path("runs/tokenizer"), validation=images)
+    hmar-mega tokenizer train tokenizer/emoji-64 --out vae data.images=shards/train data.images_val=shards/val
+    torchrun --nproc-per-node 8 -m hmar_mega tokenizer train tokenizer/published-256 --out vae data.images=…
 
-`out` then holds metrics.jsonl (a line every `tokenizer.train.log_interval` steps), reconstructions.png, the tokenizer
-(config.json, tokenizer.safetensors) and, written last, metrics.json. A run is a function of the configuration, the
-batches and `run.seed`. Axes: B batch, R image side, K scales, N tokens a sample.
+The folder is a run directory (config.yaml, metrics.jsonl, checkpoints/, grids/) and holds, once training has ended,
+the tokenizer itself (config.json, tokenizer.safetensors), reconstructions.png and, written last, metrics.json. A run is
+a function of the configuration, the shards and `run.seed`. Axes: B batch, R image side, K scales.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import logging
 import math
+import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+import torch.distributed as dist
 from torch import Tensor
 
-from hmar_mega.config import Config, TokenizerTrainConfig
+from hmar_mega.checkpoint.canonical import load_optimizer, load_weights
+from hmar_mega.checkpoint.resume import found_together, last_checkpoint_name, verify_together
+from hmar_mega.checkpoint.saver import CheckpointSaver
+from hmar_mega.checkpoint.sources import CheckpointReader, find_checkpoint
+from hmar_mega.config import Config
+from hmar_mega.config_io import config_to_yaml
+from hmar_mega.data.image_loader import ImageBatch, ImageLoader
+from hmar_mega.data.order import SampleOrder
+from hmar_mega.data.reader import ShardReader
 from hmar_mega.errors import UserError
-from hmar_mega.files import write_atomic
-from hmar_mega.tokenizer.losses import CodebookUsage, psnr, reconstruction_loss, renew_codes, seed_codebook
-from hmar_mega.tokenizer.model import MultiScaleVQVAE
-from hmar_mega.tokenizer.quantizer import QuantizerOutput
+from hmar_mega.files import check_writable, write_atomic
+from hmar_mega.interrupts import Interrupts
+from hmar_mega.metrics import MetricsLog, drop_rows_after, require_wandb
+from hmar_mega.micro_batches import micro_batch_size
+from hmar_mega.parallel.agreement import Agreement
+from hmar_mega.parallel.dims import ParallelDims
+from hmar_mega.parallel.hang import StepWatch
+from hmar_mega.parallel.liveness import watch_peers
+from hmar_mega.run_lock import run_lock
+from hmar_mega.tokenizer.adversary import Adversary
+from hmar_mega.tokenizer.codebook import USAGE_WINDOW, CodebookUsage, seed_codebook
+from hmar_mega.tokenizer.engine import build_engine, engine_config, tokenizer_world
+from hmar_mega.tokenizer.loop import SKIPPED_FILE, TokenizerRun, train
+from hmar_mega.tokenizer.losses import psnr
+from hmar_mega.tokenizer.model import CONFIG_FILE, WEIGHTS_FILE, MultiScaleVQVAE
+from hmar_mega.tokenizer.objective import TokenizerObjective, autocast_dtype, to_device
+from hmar_mega.tokenizer.perceptual import build_perceptual
+from hmar_mega.tokenizer.resume import KIND, finished_tokenizer, restore, resumable_tokenizer
+from hmar_mega.tokenizer.sheet import SHOWN_IMAGES, png, reconstruction_sheet
+from hmar_mega.versions import git_revision, installed_versions
 
 log = logging.getLogger(__name__)
 
-#: The learning rate at the end, as a share of the highest.
-FINAL_LR = 0.01
+#: Held-out images that PSNR is taken from where `eval.num_samples` does not say.
+VALIDATION_IMAGES = 512
 
-#: Steps over which "the share of codes used" is counted.
-USAGE_WINDOW = 100
-
-#: Images in reconstructions.png, and the side in pixels to which smaller ones are enlarged.
-SHOWN_IMAGES, SHOWN_SIDE = 12, 64
-
-
-def learning_rate(step: int, train: TokenizerTrainConfig) -> float:
-    """The rate of 0-based `step`: linear warm-up to `lr`, then half a cosine down to 1 % of it at the last step."""
-    if step < train.warmup_steps:
-        return train.lr * (step + 1) / train.warmup_steps
-    done = (step - train.warmup_steps) / max(1, train.steps - 1 - train.warmup_steps)
-    return train.lr * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+#: What a run leaves at its end, and what it writes meanwhile: all that --overwrite removes.
+RESULTS = (CONFIG_FILE, WEIGHTS_FILE, "metrics.json", "reconstructions.png")
+RECORDS = ("config.yaml", "versions.json", "metrics.jsonl", SKIPPED_FILE, "checkpoints", "grids", "tensorboard")
 
 
 def train_tokenizer(
-    config: Config,
-    batches: Callable[[int], Tensor],
-    out: Path,
-    validation: Tensor | None = None,
-    progress: bool = True,
-    device: torch.device | str | None = None,
-) -> dict[str, Any]:
-    """Train a tokenizer and save it in `out`.
+    config: Config, folder: Path, interrupts: Interrupts | None = None, overwrite: bool = False
+) -> dict[str, Any] | None:
+    """Train a tokenizer in `folder`, in every process that torchrun started, going on from its last checkpoint.
 
     Args:
-        config: `tokenizer`, `schedule` and `run.seed` are what is read.
-        batches: step → images (B, 3, R, R) float in [−1, 1]; called once for each step 0 … steps − 1, and step 0 once
-            more, to start the codebook from.
-        out: the folder to write, made when missing; an earlier tokenizer in it is replaced.
-        validation: images held out, (M, 3, R, R) in [−1, 1]; None: no `val_psnr`.
-        progress: draw a progress bar on stderr.
-        device: default CUDA where there is any.
+        config: `tokenizer`, `schedule`, `data.images…`, `data.augment`, `data.workers`, `precision.compute`,
+            `parallel.zero_stage`, `checkpoint`, `eval`, `logging` and `run` are what is read.
+        interrupts: signals that ask the run to save and stop; default none.
+        overwrite: remove an earlier run and tokenizer in `folder` first.
 
     Returns:
-        What metrics.json holds: val_psnr (dB or None), usage and perplexity (one number a scale), collapsed_scales
-        (1-based), steps, num_images_seen, seconds, parameters, fingerprint.
+        What metrics.json holds: val_psnr (dB or None), usage and perplexity (one number a scale), usage_any,
+        collapsed_scales (1-based), steps, num_images_seen, seconds, parameters, fingerprint. None when the run was
+        asked to stop before its end.
 
     Raises:
-        UserError: when the images do not fit, `out` cannot be written, or training diverges.
+        UserError: for input that cannot be used, before anything is written; for images that cannot, when they come.
+        TrainingError: when training cannot go on.
     """
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    first = _checked(batches(0)).to(device)
-    model = _new_model(config).to(device)
-    with torch.no_grad():
-        seed_codebook(model.quantizer, model.latent(first), config.run.seed)
-    usage = CodebookUsage(model.quantizer.ema_vocab_hit, model.schedule)
+    folder = Path(folder)
+    check_writable(folder)
+    data, validation = open_images(config)
+    inner = engine_config(config)
+    autocast_dtype(config)
     started = time.perf_counter()
-    with _Journal(out, config.tokenizer.train.steps, progress) as journal:
-        num_images_seen = _run_steps(config, model, usage, batches, journal)
-    model.eval().requires_grad_(False)
-    metrics = {
-        "val_psnr": None if validation is None else _validation_psnr(model, validation, len(first)),
-        **_usage_figures(usage, config.tokenizer.train.steps - 1),
-        "collapsed_scales": [k + 1 for k in usage.collapsed()],
-        "steps": config.tokenizer.train.steps,
-        "num_images_seen": num_images_seen,
-        "seconds": round(time.perf_counter() - started, 2),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "fingerprint": model.fingerprint,
-    }
-    shown = first if validation is None else validation
-    write_atomic(out / "reconstructions.png", _png(reconstruction_sheet(model, shown[:SHOWN_IMAGES]), model.resolution))
-    model.save(out)
-    write_atomic(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    with (
+        tokenizer_world(inner) as dims,
+        watch_peers(dims, config.run.peer_timeout, lambda: last_checkpoint_name(folder)) as report_hang,
+        run_lock(folder, dims),
+        StepWatch(config.run.hang_factor, config.run.hang_floor, report_hang) as watch,
+    ):
+        if dims.is_main:
+            _tell_layout(config)
+            if overwrite:
+                _remove_run(folder)
+        reader = found_together(lambda: resumable_tokenizer(config, folder), dims)
+        if reader is None:
+            _check_empty(folder, dims)
+        elif config.checkpoint.verify:
+            verify_together(reader.folder, dims)
+        run = _assemble(config, inner, folder, dims, data, validation, reader, interrupts or Interrupts(), watch)
+        if dims.is_main:
+            _write_run_files(config, folder, run)
+        dist.barrier()
+        with contextlib.closing(run.metrics) if run.metrics is not None else contextlib.nullcontext():
+            try:
+                finished = train(run)
+            finally:
+                run.saver.close()
+                run.loader.close()
+        metrics = _finish(run, time.perf_counter() - started) if finished and dims.is_main else None
+        dist.barrier()
     return metrics
 
 
-def _run_steps(
-    config: Config,
-    model: MultiScaleVQVAE,
-    usage: CodebookUsage,
-    batches: Callable[[int], Tensor],
-    journal: _Journal,
-) -> int:
-    """All optimizer steps; gives the number of images seen."""
-    train, device = config.tokenizer.train, usage.hits.device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
-    last_renewal = train.restart_until * train.steps if train.dead_code_steps else 0
-    renewed, num_images_seen = 0, 0
-    warned: set[int] = set()
-    for step in range(train.steps):
-        images = batches(step).to(device)
-        rate = learning_rate(step, train)
-        parts, quantized = _step(model, optimizer, images, rate, train)
-        num_images_seen += len(images)
-        usage.update(quantized.tokens, step)
-        if step < last_renewal:
-            embedding = model.quantizer.embedding
-            renewed += renew_codes(
-                embedding, optimizer, usage, quantized.rows, train.dead_code_steps, config.run.seed, step
-            )
-        if (step + 1) % train.log_interval == 0 or step + 1 == train.steps:
-            entry: dict[str, Any] = {
-                "step": step + 1,
-                "num_images_seen": num_images_seen,
-                "lr": rate,
-                "renewed_codes": renewed,
-            }
-            entry |= {name: float(value) for name, value in parts.items()} | _usage_figures(usage, step)
-            journal.write(entry)
-            renewed = 0
-            if step >= train.warmup_steps + USAGE_WINDOW:
-                warned = _warn_of_collapse(usage, entry, warned)
-    return num_images_seen
+def open_images(config: Config) -> tuple[ShardReader, ShardReader | None]:
+    """The image shards to train on and those held out; UserError when they are missing or too few for the codebook."""
+    if config.data.images is None:
+        raise UserError("data.images is not set: give a folder of image shards (hmar-mega data shard)")
+    adversarial, side = config.tokenizer.train.adversarial, config.schedule.resolution
+    if adversarial.weight and side < 3 << adversarial.layers:  # two convolutions follow that take a pixel each
+        raise UserError(
+            f"tokenizer.train.adversarial.layers={adversarial.layers} needs images of at least "
+            f"{3 << adversarial.layers} px, and schedule.resolution={side}; use fewer layers, or "
+            "tokenizer.train.adversarial.weight=0"
+        )
+    if config.logging.wandb != "off":
+        require_wandb(config.logging.wandb)
+    reader = ShardReader(Path(config.data.images), "images")
+    codes, tokens = config.tokenizer.codebook_size, config.schedule.scales.num_tokens
+    if len(reader) * tokens < codes:
+        raise UserError(
+            f"tokenizer.codebook_size={codes} is more than the {len(reader)} images of {config.data.images} have "
+            f"tokens ({len(reader)} × {tokens}): most codes could never be learned; use at most "
+            f"{len(reader) * tokens} codes, or more images"
+        )
+    held_out = config.data.images_val
+    return reader, None if held_out is None else ShardReader(Path(held_out), "images")
 
 
-@torch.no_grad()
-def reconstruction_sheet(model: MultiScaleVQVAE, images: Tensor) -> Tensor:
-    """Pictures for the eye: a row of originals, one of reconstructions, then those of scales 1, 1–2, … K−1 alone.
+def _tell_layout(config: Config) -> None:
+    """A tokenizer's configuration is often a transformer's too: say what of it means nothing here."""
+    parallel = config.parallel
+    unused = [
+        f"parallel.{axis}_parallel" for axis in ("tensor", "pipeline") if getattr(parallel, f"{axis}_parallel") > 1
+    ]
+    if unused:
+        log.info(
+            "tokenizers are trained data-parallel: %s is for transformers and does nothing here", " and ".join(unused)
+        )
 
-    Args:
-        images: (B, 3, R, R) in [−1, 1].
 
-    Returns:
-        ((K + 1)·R, B·R, 3) uint8 on the CPU.
-    """
-    images = images.to(model.quantizer.embedding.weight.device)
-    tokens = model.encode(images)
-    scales = range(model.schedule.num_scales)
-    features = torch.stack([model.quantizer.scale_features(k, tokens[:, model.schedule.span(k)]) for k in scales])
-    partial = [model.decode(f_hat) for f_hat in features.cumsum(0)]
-    rows = torch.stack([images, partial[-1], *partial[:-1]])
-    sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    return ((sheet + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+def _assemble(
+    config: Config, inner: Config, folder: Path, dims: ParallelDims, data: ShardReader, validation: ShardReader | None,
+    reader: CheckpointReader | None, interrupts: Interrupts, watch: StepWatch,
+) -> TokenizerRun:  # fmt: skip
+    """Data, model, engine and what is restored of a checkpoint."""
+    train, device = config.tokenizer.train, dims.device
+    micro = micro_batch_size(inner, dims.data_parallel)
+    model = _new_model(config)
+    if reader is not None:
+        load_weights(model, reader, dims, folder)
+    model = model.to(device)
+    order = SampleOrder(len(data), config.run.seed)
+    position = int(reader.state["images_seen"]) if reader is not None else 0
+    loader = _loader(config, data, order, micro, dims, position)
+    if reader is None:
+        _start_codebook(config, model, loader, micro, device)
+    adversary = None
+    if train.adversarial.weight:
+        adversary = Adversary(train, config.run.seed, device, autocast_dtype(config))
+    perceptual = build_perceptual(train.perceptual, device)
+    usage = CodebookUsage(model.quantizer.ema_vocab_hit, model.schedule)
+    objective = TokenizerObjective(config, model.quantizer, device, perceptual, adversary)
+    engine = build_engine(model, inner, dims)
+    beside = {**usage.state(), **(adversary.state() if adversary is not None else {})}
+    if reader is not None:
+        load_optimizer(engine, reader)
+        restore(reader, beside, folder)
+        if dims.is_main:
+            log.info("resumed %s at step %d", folder, engine.step)
+    if train.compile:
+        model.encoder.compile()
+        model.decoder.compile()
+    shown = validation if validation is not None else data
+    run = TokenizerRun(
+        config=config, folder=folder, dims=dims, engine=engine, model=model, objective=objective, usage=usage,
+        loader=loader, validation=_held_out(config, validation, dims) if validation is not None else [],
+        shown=_first_images(config, shown, SHOWN_IMAGES).to(device), agreement=Agreement(interrupts, dims),
+        watch=watch, saver=CheckpointSaver(folder, engine, config.checkpoint, lambda: beside),
+        state={
+            "kind": KIND, "last_step": train.steps, "config": config.model_dump(mode="json"),
+            "patch_nums": list(model.schedule.patch_nums), "classes": list(data.index.classes),
+            "versions": installed_versions(), "revision": git_revision(),
+            "layout": {"processes": dims.world_size, **inner.parallel.model_dump(mode="json")},
+        },
+    )  # fmt: skip
+    best = reader.state.get("best_psnr") if reader is not None else None
+    run.best_psnr = -math.inf if best is None else float(best)
+    run.saver.failed_saves = int(reader.state.get("failed_saves", 0)) if reader is not None else 0
+    if reader is not None:
+        run.saved_step = engine.step
+    return run
+
+
+def _loader(
+    config: Config, data: ShardReader, order: SampleOrder, micro: int, dims: ParallelDims, position: int
+) -> ImageLoader:
+    train = config.tokenizer.train
+    return ImageLoader(
+        data, order, config.schedule.resolution, config.data.augment, config.run.seed, train.batch_size, micro,
+        dims.dp_rank, dims.data_parallel, position, config.data.workers, train.cache_mib << 20, train.allow_upscaling,
+    )  # fmt: skip
 
 
 def _new_model(config: Config) -> MultiScaleVQVAE:
@@ -170,121 +226,105 @@ def _new_model(config: Config) -> MultiScaleVQVAE:
         return MultiScaleVQVAE(config.tokenizer, config.schedule.scales).train()
 
 
-def _checked(images: Tensor) -> Tensor:
-    low, high = float(images.min()), float(images.max())
-    if not images.is_floating_point() or max(-low, high) > 1.001:
-        raise UserError(
-            f"images of {images.dtype} between {low:g} and {high:g} cannot train a tokenizer: it takes floats in "
-            "[−1, 1]; scale 8-bit images by x / 127.5 − 1"
-        )
-    return images
+@torch.no_grad()
+def _start_codebook(
+    config: Config, model: MultiScaleVQVAE, loader: ImageLoader, micro: int, device: torch.device
+) -> None:
+    """Codes from the first images of the stream, which all processes read alike."""
+    train = config.tokenizer.train
+    count = train.init_images or train.batch_size
+    latents = [
+        model.latent(to_device(loader.read(at, min(micro, count - at)), device)).float()
+        for at in range(0, count, micro)
+    ]
+    seed_codebook(model.quantizer, torch.cat(latents), config.run.seed, train.codebook_init == "kmeans")
 
 
-def _step(
-    model: MultiScaleVQVAE,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    rate: float,
-    train: TokenizerTrainConfig,
-) -> tuple[dict[str, Tensor], QuantizerOutput]:
-    """One optimizer step; gives the loss with its parts, and what the quantizer did."""
-    reconstruction, quantized = model(images)
-    pixels, parts = reconstruction_loss(reconstruction, images, train.l1_weight, train.l2_weight)
-    loss = pixels + train.vq_weight * quantized.loss
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    return {"loss": loss.detach(), **parts, "vq": quantized.loss.detach(), "grad_norm": norm}, quantized
+def _held_out(config: Config, data: ShardReader, dims: ParallelDims) -> list[ImageBatch]:
+    """This process's part of the validation images, decoded, in batches."""
+    count = min(config.eval.num_samples or VALIDATION_IMAGES, len(data))
+    first, last = (count * (dims.dp_rank + n) // dims.data_parallel for n in (0, 1))
+    size = config.eval.batch_size
+    loader = _plain_loader(config, data)
+    return [loader.read(at, min(size, last - at)) for at in range(first, last, size)]
 
 
-def _usage_figures(usage: CodebookUsage, step: int) -> dict[str, list[float]]:
-    return {
-        "usage": [round(u, 4) for u in usage.fraction_used(step, USAGE_WINDOW).tolist()],
-        "perplexity": [round(p, 2) for p in usage.perplexity().tolist()],
+def _first_images(config: Config, data: ShardReader, count: int) -> Tensor:
+    return to_device(_plain_loader(config, data).read(0, min(count, len(data))), torch.device("cpu"))
+
+
+def _plain_loader(config: Config, data: ShardReader) -> ImageLoader:
+    """Images in stored order, centred: for looking at, not for training."""
+    return ImageLoader(
+        data, SampleOrder(len(data), 0, shuffle=False), config.schedule.resolution, "none", 0, 1, 1, workers=0,
+        allow_upscaling=config.tokenizer.train.allow_upscaling,
+    )  # fmt: skip
+
+
+def _finish(run: TokenizerRun, seconds: float) -> dict[str, Any]:
+    """Write the tokenizer, its pictures and its figures; of what was averaged, the average."""
+    checkpoint = find_checkpoint(run.folder)
+    assert checkpoint is not None, "a run that reached its end has saved"
+    model = finished_tokenizer(checkpoint).to(run.dims.device)
+    step, held_out = run.last_step - 1, _validation_psnr(run, model)
+    metrics: dict[str, Any] = {
+        "val_psnr": held_out,
+        **run.usage.figures(step),
+        "usage_any": round(run.usage.fraction_used_by_any(step, USAGE_WINDOW), 4),
+        "collapsed_scales": [k + 1 for k in run.usage.collapsed()],
+        "steps": run.last_step,
+        "num_images_seen": run.engine.images_seen,
+        "skipped_steps": run.engine.skipped,
+        "seconds": round(seconds, 2),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "fingerprint": model.fingerprint,
     }
-
-
-def _warn_of_collapse(usage: CodebookUsage, entry: dict[str, Any], warned: set[int]) -> set[int]:
-    """Log each newly collapsed scale; gives those collapsed now, which are not logged again until they recover."""
-    collapsed = set(usage.collapsed())
-    for k in sorted(collapsed - warned):
-        log.warning(
-            "step %d: scale %d (%d×%d tokens) uses few of the codes (perplexity %.1f of %d, %.1f %% used lately); "
-            "if it does not recover, lower tokenizer.train.lr or tokenizer.train.dead_code_steps",
-            entry["step"],
-            k + 1,
-            usage.schedule.patch_nums[k],
-            usage.schedule.patch_nums[k],
-            entry["perplexity"][k],
-            usage.hits.shape[1],
-            100 * entry["usage"][k],
-        )
-    return collapsed
+    sheet = reconstruction_sheet(model, run.shown[:SHOWN_IMAGES])
+    write_atomic(run.folder / "reconstructions.png", png(sheet, model.resolution))
+    model.save(run.folder)
+    write_atomic(run.folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return metrics
 
 
 @torch.no_grad()
-def _validation_psnr(model: MultiScaleVQVAE, images: Tensor, batch_size: int) -> float:
-    device = model.quantizer.embedding.weight.device
-    pieces = [model.decode_tokens(model.encode(piece.to(device))).cpu() for piece in images.split(batch_size)]
-    return round(psnr(torch.cat(pieces), images.cpu()), 3)
+def _validation_psnr(run: TokenizerRun, model: MultiScaleVQVAE) -> float | None:
+    if not run.validation:
+        return None
+    pairs = []
+    for batch in run.validation:
+        images = to_device(batch, run.dims.device)
+        pairs.append((model.decode_tokens(model.encode(images)).cpu(), images.cpu()))
+    rebuilt, originals = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return round(psnr(rebuilt, originals), 3)
 
 
-class _Journal:
-    """metrics.jsonl in `out`, and the progress bar that shows its last line."""
-
-    def __init__(self, out: Path, steps: int, progress: bool) -> None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "metrics.json").unlink(missing_ok=True)  # an earlier run's would pass for this one's
-            self._file = (out / "metrics.jsonl").open("w")
-        except OSError as err:
-            raise UserError(f"cannot write to {out}: {err}; give a folder that can be written") from err
-        self._bar = Progress(
-            TextColumn("tokenizer"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not progress,
+def _check_empty(folder: Path, dims: ParallelDims) -> None:
+    """Refuse a folder that holds anything but what a run that stopped before its first checkpoint left; collective."""
+    known = {*RECORDS, ".lock"}
+    strange = [p.name for p in folder.iterdir() if p.name not in known] if dims.is_main and folder.is_dir() else []
+    said = [sorted(strange)]
+    dist.broadcast_object_list(said, src=0)
+    if said[0]:
+        raise UserError(
+            f"{folder} exists and is not empty ({said[0][0]}); choose another --out, or give --overwrite (token shards "
+            "made with a tokenizer that is replaced are of no more use)"
         )
-        self._task: TaskID = self._bar.add_task("", total=steps, figures="")
-        self._started = time.perf_counter()
-        self._steps, self._tenths = steps, 0  # without a terminal, a line every tenth of the way
-
-    def __enter__(self) -> _Journal:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-        self._file.close()
-
-    def write(self, entry: dict[str, Any]) -> None:
-        """Append one line, with PSNR and rate; UserError when the loss is no longer finite."""
-        if not math.isfinite(entry["loss"]):
-            raise UserError(
-                f"tokenizer training diverged: loss {entry['loss']} at step {entry['step']}; "
-                "lower tokenizer.train.lr or lengthen tokenizer.train.warmup_steps"
-            )
-        rate = entry["num_images_seen"] / (time.perf_counter() - self._started)
-        entry |= {"psnr": round(10 * math.log10(4 / max(entry["l2"], 1e-12)), 3), "images_per_second": round(rate, 1)}
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-        figures = f"loss {entry['loss']:.4f}  psnr {entry['psnr']:.1f} dB  {entry['images_per_second']:.0f} images/s"
-        self._bar.update(self._task, completed=entry["step"], figures=figures)
-        if not self._bar.console.is_terminal and entry["step"] * 10 // self._steps > self._tenths:
-            self._tenths = entry["step"] * 10 // self._steps
-            log.info("tokenizer step %d/%d | %s", entry["step"], self._steps, figures)
 
 
-def _png(sheet: Tensor, side: int) -> bytes:
-    picture = Image.fromarray(np.asarray(sheet))
-    zoom = max(1, SHOWN_SIDE // side)
-    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+def _remove_run(folder: Path) -> None:
+    for name in (*RESULTS, *RECORDS):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _write_run_files(config: Config, folder: Path, run: TokenizerRun) -> None:
+    write_atomic(folder / "config.yaml", config_to_yaml(config))
+    about: dict[str, Any] = {"versions": run.state["versions"], "revision": run.state["revision"]}
+    about["world_size"] = run.dims.world_size
+    about["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    write_atomic(folder / "versions.json", json.dumps(about, indent=1))
+    run.metrics = MetricsLog(folder, config, run.engine.step)
+    drop_rows_after(folder / SKIPPED_FILE, run.engine.step)

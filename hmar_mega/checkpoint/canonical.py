@@ -6,18 +6,21 @@ of the global tensors, so that any layout reads any other's. `saver.py` writes t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hmar_mega.checkpoint.layout import Placement, fragments, placement
-from hmar_mega.checkpoint.sources import EMA, FP8, CheckpointReader, WeightSource, check_shapes
-from hmar_mega.engine import Engine
+from hmar_mega.checkpoint.sources import BESIDE, EMA, FP8, CheckpointReader, WeightSource, check_shapes
+from hmar_mega.errors import UserError
 from hmar_mega.model.stage import BALLAST
 from hmar_mega.parallel.dims import ParallelDims
+
+if TYPE_CHECKING:
+    from hmar_mega.engine import Engine
 
 
 def load_weights(
@@ -68,8 +71,14 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if name not in BALLAST)
 
 
-def own_tensors(engine: Engine, file: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """What this process saves: views of its flat values by key, on their device, and the index entries of `file`."""
+def own_tensors(
+    engine: Engine, file: str, beside: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """What this process saves: views of its flat values by key, on their device, and the index entries of `file`.
+
+    Args:
+        beside: other float32 tensors by name, which this process saves whole.
+    """
     dims, owned = engine.dims, engine.partitions()
     tensors: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
@@ -94,14 +103,32 @@ def own_tensors(engine: Engine, file: str) -> tuple[dict[str, Tensor], list[dict
                     {"name": name, "kind": kind, "file": file, "key": key, "global_shape": place.global_shape,
                      "offset": box.offset, "shape": box.shape, "start": first, "stop": last}
                 )  # fmt: skip
-    for name, values in _fp8_scales(engine):
-        key, shape = f"{FP8}/{name}", tuple(values.shape)
+    others = [(FP8, *pair) for pair in _fp8_scales(engine)] + [(BESIDE, *pair) for pair in (beside or {}).items()]
+    for kind, name, values in others:
+        key, shape = f"{kind}/{name}", tuple(values.shape)
         tensors[key] = values.detach().flatten()
         entries.append(
-            {"name": name, "kind": FP8, "file": file, "key": key, "global_shape": shape, "offset": (0,) * len(shape),
+            {"name": name, "kind": kind, "file": file, "key": key, "global_shape": shape, "offset": (0,) * len(shape),
              "shape": shape, "start": 0, "stop": values.numel()}
         )  # fmt: skip
     return tensors, entries
+
+
+def read_beside(reader: CheckpointReader, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    """Fill tensors that were saved with `beside`, in place.
+
+    Raises:
+        UserError: when one is missing or of another shape.
+    """
+    stored = {name: shape for name, kind, shape in reader.tensors() if kind == BESIDE}
+    for name, tensor in tensors.items():
+        if stored.get(name) != tuple(tensor.shape):
+            found = f"has it with shape {stored[name]}" if name in stored else "lacks it"
+            raise UserError(
+                f"{where}: a run of this configuration keeps {name} with shape {tuple(tensor.shape)}, its checkpoint "
+                f"{found}; go on with the configuration it was started with, or choose another folder"
+            )
+        tensor.copy_(reader.read(name, kind=BESIDE))
 
 
 def _fp8_scales(engine: Engine) -> Iterator[tuple[str, Tensor]]:

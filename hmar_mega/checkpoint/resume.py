@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,20 @@ def _check_order(stored: dict[str, Any], now: dict[str, Any], folder: Path) -> N
 
 
 def resumable_together(config: Config, folder: Path, fingerprint: str, dims: ParallelDims) -> CheckpointReader | None:
-    """`resumable` as the first process sees it, in every process: a shared disk may show others an older `latest`.
+    """`resumable` as the first process sees it, in every process; see `found_together`."""
+    return found_together(lambda: resumable(config, folder, fingerprint), dims)
+
+
+def found_together(find: Callable[[], CheckpointReader | None], dims: ParallelDims) -> CheckpointReader | None:
+    """What `find` gives in the first process, in every process: a shared disk may show others an older `latest`.
 
     Raises:
-        UserError: in every process, what `resumable` raises in the first; and where a process sees other files.
+        UserError: in every process, what `find` raises in the first; and where a process sees other files.
     """
     said: list[Any] = [None, None, None]
     if dims.is_main:
         try:
-            reader = resumable(config, folder, fingerprint)
+            reader = find()
             said = [reader and str(reader.folder), reader and sha256_of(reader.folder / "state.json"), None]
         except UserError as err:
             said[2] = str(err)

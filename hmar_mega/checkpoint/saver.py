@@ -13,11 +13,12 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,9 +30,11 @@ from hmar_mega.checkpoint.folders import abandon, commit, open_folder, point_to,
 from hmar_mega.checkpoint.shards import write_shard
 from hmar_mega.checkpoint.sources import BEST, CHECKPOINT_FORMAT, JSON_FILES, find_checkpoint
 from hmar_mega.config import CheckpointConfig
-from hmar_mega.engine import Engine
 from hmar_mega.errors import UserError
 from hmar_mega.files import sync_path
+
+if TYPE_CHECKING:
+    from hmar_mega.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -87,14 +90,22 @@ class CheckpointSaver:
 
     Args:
         run: run directory.
+        beside: what the first process saves besides the engine's tensors, by name: float32 tensors that are the same
+            in every process (`canonical.read_beside`).
 
     Attributes:
         failed_saves: saves that left no checkpoint, those before a resume too; the same in every process once it has
             waited.
     """
 
-    def __init__(self, run: Path, engine: Engine, settings: CheckpointConfig) -> None:
-        self.run, self.engine, self.settings = run, engine, settings
+    def __init__(
+        self,
+        run: Path,
+        engine: Engine,
+        settings: CheckpointConfig,
+        beside: Callable[[], dict[str, Tensor]] = dict,
+    ) -> None:
+        self.run, self.engine, self.settings, self.beside = run, engine, settings, beside
         self.failed_saves = 0
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._thread: threading.Thread | None = None
@@ -159,7 +170,7 @@ class CheckpointSaver:
 
     def _snapshot(self, file: str) -> _Snapshot:
         """Copy what this process owns; on a GPU into pinned memory that is kept for the next save."""
-        tensors, entries = own_tensors(self.engine, file)
+        tensors, entries = own_tensors(self.engine, file, self.beside() if self.engine.dims.is_main else {})
         device = self.engine.dims.device
         total = sum(values.numel() for values in tensors.values())
         if device.type != "cuda":
@@ -170,7 +181,7 @@ class CheckpointSaver:
             buffer = self._pinned
         at = 0
         for values in tensors.values():
-            buffer[at : at + values.numel()].copy_(values, non_blocking=True)
+            buffer[at : at + values.numel()].copy_(values.flatten(), non_blocking=True)
             at += values.numel()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

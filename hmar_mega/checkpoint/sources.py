@@ -41,6 +41,9 @@ EMA = "ema"
 #: Kind of the scales and histories of FP8 linears, which are tensors of their own: `blocks.0.attn.qkv.fp8_scale_fwd`.
 FP8 = "fp8"
 
+#: Kind of what is no parameter and the same in every process: a discriminator with its optimizer, usage of a codebook.
+BESIDE = "beside"
+
 
 class WeightSource(Protocol):
     """Weights by global name.

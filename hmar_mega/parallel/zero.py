@@ -7,31 +7,15 @@ parameter, a range of its flattened local elements and views of the values in it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from hmar_mega.parallel.partition import MOMENTS, Partition
 
-
-@dataclass(frozen=True)
-class Partition:
-    """The part of one parameter whose float32 master and Adam moments this process owns.
-
-    Attributes:
-        start, stop: range in the flattened local parameter.
-        weight: float32 master values of that range, a view.
-        moments: `exp_avg` and `exp_avg_sq` of that range, views, absent before the first step; and the moving average
-            of the weights where one is kept.
-    """
-
-    start: int
-    stop: int
-    weight: Tensor
-    moments: dict[str, Tensor]
+__all__ = ["MOMENTS", "Partition", "flat_masters", "frozen_span", "lay_moments", "partitions"]
 
 
 def partitions(

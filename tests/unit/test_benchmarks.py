@@ -11,6 +11,8 @@ import attention
 import data_rivals
 import numpy as np
 import pytest
+import tokenizer_quality
+import tokenizer_speed
 import torch
 import training
 from attention_table import ratios
@@ -22,6 +24,7 @@ from profiles import group_of, kernels_of
 from rivals import Problem
 
 from hmar_mega.config_io import load_config
+from hmar_mega.data.demo import write_demo
 from hmar_mega.data.order import GroupedOrder, SampleOrder
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.objective import Objective
@@ -240,3 +243,57 @@ def test_every_reader_of_the_data_benchmark_gives_what_ours_gives(kind: str, tmp
     ours = next(data.open_ours(folder, kind, 1, "threads"))
     theirs = next(data_rivals.open_webdataset(folder, kind, 0, data.PACKED, 0))
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+
+
+def test_tokenizer_quality_and_ablation_run_and_are_not_repeated(tmp_path: Path, capsys: Any) -> None:
+    write_demo("digits", tmp_path / "digits", val_fraction=0.02, progress=False)
+    common = ["--data", str(tmp_path / "digits"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    common += ["--device", "cpu", "--tiny", "--steps", "8"]
+    tokenizer_quality.main(["quality", *common])
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"config.json", "grid.png", "quality.json", "quality.md", "tokenizer.safetensors", "usage.png"}
+    result = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert result["training"]["steps"] == 8
+    assert abs(result["bf16_decoding_loses_db"]) < 0.1
+    tokenizer_quality.main(["ablation", *common, "--only", "whole,no-phi"])
+    runs = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert runs["no-phi"]["changes"]["tokenizer.phi_ratio"] == 0.0
+    assert runs["no-phi"]["fingerprint"] != runs["whole"]["fingerprint"]
+    seconds = runs["whole"]["training"]["seconds"]
+    tokenizer_quality.main(["ablation", *common, "--only", "whole"])
+    again = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert again["whole"]["training"]["seconds"] == seconds
+    assert "no-phi" in capsys.readouterr().out
+
+
+def test_the_steps_that_fit_the_minutes_are_measured_once(tmp_path: Path, monkeypatch: Any) -> None:
+    asked = []
+
+    def train(config: Any, folder: Path, overwrite: bool) -> None:
+        asked.append(config.tokenizer.train.steps)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text('{"kind": "train", "step": 120, "images_per_second": 800.0}\n')
+
+    monkeypatch.setattr(tokenizer_quality, "train_tokenizer", train)
+    words = ["quality", "--data", "x", "--out", "y", "--work", str(tmp_path), "--minutes", "2", "--tiny"]
+    args = tokenizer_quality._parser().parse_args(words)
+    for _ in range(2):
+        assert tokenizer_quality.planned_steps(args, tmp_path, "quality", {}) == int(120 * 0.85 * 800 / 8)
+    assert asked == [120]
+
+
+def test_tokenizer_speed_runs(tmp_path: Path) -> None:
+    given = ["--device", "cpu", "--tiny", "--batch", "1", "--ways", "1", "--json", str(tmp_path / "speed.json")]
+    tokenizer_speed.main(given)
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["part"] for row in rows] == ["train", "encode", "decode"]
+    assert all(row["images_per_second"] > 0 for row in rows)
+
+
+def test_flops_of_the_published_tokenizer_are_counted() -> None:
+    """At least the six 3×3 convolutions of the decoder's last level, 160 → 160 channels at 256²."""
+    flops = tokenizer_speed.count_flops(load_config("tokenizer/published-256"))
+    assert 2 < flops["decode"] / (2 * 256**2 * 6 * 160 * 160 * 9) < 6
+    assert flops["encode"] < flops["decode"]
+    search = 2 * 680 * 4096 * 32
+    assert flops["train"] == 3 * (flops["encode"] - search + flops["decode"]) + search

@@ -458,9 +458,25 @@ BAD_COMMANDS = {
         ("tokenizer", "train", "demo", "--out", "tokenizer"),
         ("data.images is not set", "hmar-mega data shard"),
     ),
+    "tokenizer train: no folder": (
+        ("tokenizer", "train", "demo", "data.images=in/shards"),
+        ("no folder is given for the tokenizer", "--out vae"),
+    ),
+    "tokenizer train: more codes than tokens": (
+        ("tokenizer", "train", "demo", "--out", "vae", "data.images=in/shards"),
+        ("tokenizer.codebook_size=256 is more than the 1 images of in/shards", "at most 21 codes"),
+    ),
+    "tokenizer train: a folder with other things": (
+        ("tokenizer", "train", "demo", "--out", "in/shards", "data.images=in/shards", "tokenizer.codebook_size=16"),
+        ("in/shards exists and is not empty", "choose another --out", "--overwrite"),
+    ),
+    "tokenizer eval: no tokenizer": (
+        ("tokenizer", "eval", "nowhere", "in/shards", "--out", "eval"),
+        ("nowhere holds no tokenizer",),
+    ),
     "tokenizer train: an output below a file": (
         ("tokenizer", "train", "demo", "--out", "in/a_file/tokenizer", "data.images=in/shards"),
-        ("cannot write to in/a_file/tokenizer", "Not a directory", "give a folder that can be written"),
+        ("cannot write in/a_file/tokenizer", "choose a folder you can write to"),
     ),
     "export: a run that is not there": (
         ("export", "nowhere", "model"),
@@ -551,7 +567,7 @@ def examples(text: str) -> list[list[str]]:
 def test_the_commands_are_those_of_the_pipeline():
     assert {" ".join(name) for name in COMMANDS} >= {
         "demo", "data", "data demo", "data shard", "data encode", "data info", "tokenizer", "tokenizer train",
-        "train", "export", "sample", "edit",
+        "tokenizer eval", "train", "export", "sample", "edit",
     }  # fmt: skip
 
 

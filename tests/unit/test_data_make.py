@@ -19,6 +19,7 @@ from PIL import Image
 
 from hmar_mega.data.cli import add_data_parser, info_lines
 from hmar_mega.data.demo import write_demo
+from hmar_mega.data.images import decode_sample
 from hmar_mega.data.index import ShardEntry, ShardIndex, read_index
 from hmar_mega.data.reader import ShardReader
 from hmar_mega.data.shard import ShardSettings, shard_images
@@ -327,3 +328,66 @@ def test_help_ends_with_an_example(command, capsys):
         run(command, "--help")
     assert stop.value.code == 0
     assert f"example:\n  hmar-mega data {command} " in capsys.readouterr().out
+
+
+def emoji_package(folder: Path, vendor: str) -> Path:
+    """Three emoji, the first with a skin tone, one not drawn by this vendor."""
+    package = folder / f"emoji-datasource-{vendor}"
+    (package / "img" / vendor / "64").mkdir(parents=True)
+    (package / "package.json").write_text(json.dumps({"name": package.name}))
+    drawn = {"has_img_google": True, "has_img_twitter": True}
+    tone = {"image": "hand-dark.png", **drawn}
+    entries = [
+        {"unified": "1", "image": "hand.png", "category": "People", "skin_variations": {"D": tone}, **drawn},
+        {"unified": "2", "image": "nose.png", "category": "People", **drawn},
+        {"unified": "3", "image": "flag.png", "category": "Flags", **drawn, f"has_img_{vendor}": False},
+    ]
+    (package / "emoji.json").write_text(json.dumps(entries))
+    for name in ("hand.png", "hand-dark.png", "nose.png", "flag.png"):
+        Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(package / "img" / vendor / "64" / name)
+    return folder
+
+
+def test_emoji_of_both_vendors_and_all_tones_stay_on_one_side(tmp_path, caplog):
+    emoji_package(tmp_path / "node_modules", "google")
+    emoji_package(tmp_path / "node_modules", "twitter")
+    with caplog.at_level("INFO"):
+        out = write_demo("emoji", tmp_path / "out", val_fraction=0.5, progress=False, source=tmp_path / "node_modules")
+    assert "Apache-2.0" in caplog.text
+    assert "CC-BY-4.0" in caplog.text
+    sides = [ShardReader(out / part, "images") for part in ("train", "val")]
+    assert sides[0].index.classes == ("People",)  # flags are drawn by nobody here
+    assert sorted(len(side) for side in sides) == [2, 4]
+    pixels = np.array(decode_sample(sides[0].read_image(0)))
+    assert pixels.shape == (64, 64, 3)
+    assert (pixels == 255).all()  # transparent becomes white
+
+
+def test_openclipart_is_padded_and_small_or_gigantic_pictures_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("hmar_mega.data.demo_sets.CLIPART_MOST_PIXELS", 100 * 100)
+    for topic, name, size in (
+        ("food", "a", (40, 20)), ("food", "b", (8, 8)), ("food", "c", (20, 40)), ("tools", "d", (200, 200)),
+        ("tools", "e", (32, 32)), ("tools", "f", (32, 32)),
+    ):  # fmt: skip
+        (tmp_path / topic / "deep").mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, 0).save(tmp_path / topic / "deep" / f"{name}.png")
+    out = write_demo("openclipart", tmp_path / "out", size=32, val_fraction=0.5, progress=False, source=tmp_path)
+    sides = [ShardReader(out / part, "images") for part in ("train", "val")]
+    assert sides[0].index.classes == ("food", "tools")
+    assert [len(side) for side in sides] == [2, 2]
+    black = {int((np.array(decode_sample(s.read_image(i)))[..., 0] == 0).sum()) for s in sides for i in range(2)}
+    assert black == {32 * 16, 32 * 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("emoji", r"npm install --no-save emoji-datasource-google@16\.0\.0 emoji-datasource-twitter@16\.0\.0"),
+        ("openclipart", "apt-get install openclipart-png.*dpkg -x"),
+        ("fashion-mnist", "apt-get download dataset-fashion-mnist.*dpkg -x"),
+    ],
+)
+def test_a_missing_package_says_how_to_get_it(tmp_path, name, says):
+    with pytest.raises(UserError, match=says):
+        write_demo(name, tmp_path / "out", progress=False, source=tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()

