@@ -148,6 +148,18 @@ class OptimConfig(Section):
         10, ge=1, description="stop after this many steps in a row whose gradients are not finite; each is skipped"
     )
 
+    def check_impl(self, compute: str, zero_stage: int) -> None:
+        """Raise ValueError where the implementation asked for does not go with precision or ZeRO stage."""
+        if self.impl == "triton" and compute != "bf16":
+            raise ValueError(f"optim.impl=triton is for precision.compute=bf16, not {compute}; use optim.impl=torch")
+        if self.impl == "triton" and zero_stage != 1:
+            raise ValueError(f"optim.impl=triton is for parallel.zero_stage=1, not {zero_stage}; use optim.impl=torch")
+        if self.impl in ("te", "apex") and zero_stage == 3:
+            raise ValueError(
+                f"optim.impl={self.impl} counts its updates by call, of which parallel.zero_stage=3 makes several in a "
+                "step; use optim.impl=torch"
+            )
+
 
 class ParallelConfig(Section):
     """How the model is spread over processes. The data-parallel size is what remains of the world size."""
@@ -294,6 +306,7 @@ class Config(Section):
                 "model.attention.backend=te attends block-diagonally alone: Transformer Engine has no kernel for the "
                 f"mask of {attention.pattern}; use another backend, such as sdpa"
             )
+        self.optim.check_impl(self.precision.compute, self.parallel.zero_stage)
         self.precision.check_model(
             width=self.model.resolved_width, hidden=self.model.ffn_width, head_dim=self.model.head_dim,
             tensor_parallel=tp, pattern=attention.pattern, backend=attention.backend,

@@ -38,13 +38,8 @@ def choose_adamw(config: Config, device: torch.device) -> tuple[str, str]:
     Raises:
         UserError: when the one asked for cannot.
     """
-    impl, stage = config.optim.impl, config.parallel.zero_stage
+    impl, stage = config.optim.impl, config.parallel.zero_stage  # which go together, as the configuration checked
     if impl in FUSED_ADAM:
-        if stage == 3:
-            raise UserError(
-                f"optim.impl={impl} counts its updates by call, of which zero_stage=3 makes several in a step;"
-                " use optim.impl=torch"
-            )
         return impl, "as asked"
     if config.precision.compute != "bf16":
         why_not = f"it is for precision.compute=bf16, not {config.precision.compute}"

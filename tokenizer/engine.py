@@ -55,7 +55,7 @@ def engine_config(config: Config) -> Config:
                 }
             ),
             "optim": config.optim.model_copy(
-                update={"betas": train.betas, "clip": train.clip, "ema_decay": train.ema_decay}
+                update={"impl": "auto", "betas": train.betas, "clip": train.clip, "ema_decay": train.ema_decay}
             ),
             "precision": config.precision.model_copy(update={"compute": "fp32", "fp8": "none"}),
             "parallel": ParallelConfig(zero_stage=parallel.zero_stage),

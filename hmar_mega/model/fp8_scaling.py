@@ -90,11 +90,15 @@ class Fp8Scaling:
         """
         FP8GlobalStateManager.set_skip_fp8_weight_update_tensor(False)
         states = [s for linear in self._linears for s in map(linear.fp8_meta.get, DIRECTIONS.values()) if s is not None]
-        tensors = [t for s in states for t in (s.scale, getattr(s, "amax_history", None)) if t is not None]
+        # scaling by the current largest value keeps neither
+        named = [getattr(s, name, None) for s in states for name in ("scale", "amax_history")]
+        tensors = [t for t in named if t is not None]
         kept = [t.clone() for t in tensors]
-        yield
-        for tensor, values in zip(tensors, kept, strict=True):
-            tensor.copy_(values)
+        try:
+            yield
+        finally:
+            for tensor, values in zip(tensors, kept, strict=True):
+                tensor.copy_(values)
 
     def before_replay(self, run: str) -> None:
         """Let the first replay of `run` in a step make its FP8 weights anew, and the others take them as they are."""

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 #: backward pass of the runs before it.
 BLOCKS_PER_GRAPH = 4
 
-HELD_GRADIENTS = "with {} gradients may stay where the next replay writes; bf16 with ZeRO 1 takes them away at once"
+HELD_GRADIENTS = "with {} gradients may stay where the next replay writes; bf16 with ZeRO 1 takes them away before"
 
 
 def attach_graphs(model: Any, config: Config, device: str, data_parallel: int) -> None:
@@ -44,18 +44,23 @@ def why_not(config: Config, device: str) -> str | None:
     """Why the blocks cannot be captured; None when they can."""
     parallel = config.parallel
     return why_not_model(config, device) or why_not_layout(
-        parallel.pipeline_parallel, parallel.tensor_parallel, parallel.zero_stage
-    )
+        parallel.pipeline_parallel, parallel.tensor_parallel, parallel.zero_stage, parallel.recompute,
+        config.precision.fp8 != "none",
+    )  # fmt: skip
 
 
-def why_not_layout(pipeline_parallel: int, tensor_parallel: int, zero_stage: int) -> str | None:
-    """Why blocks laid out so cannot be captured; None when they can."""
+def why_not_layout(
+    pipeline_parallel: int, tensor_parallel: int, zero_stage: int, recompute: str, fp8: bool
+) -> str | None:
+    """Why blocks laid out and recomputed so cannot be captured; None when they can."""
     if pipeline_parallel > 1:
         return "several micro-batches of a pipeline are under way at once, a graph holds one"
     if tensor_parallel > 1:
         return "with tensor_parallel > 1 blocks communicate"
     if zero_stage == 3:
         return "ZeRO-3 gathers weights between the blocks"
+    if fp8 and recompute == "full":
+        return "Transformer Engine's recomputation in FP8 is not captured"
     return HELD_GRADIENTS.format("parallel.zero_stage=2") if zero_stage == 2 else None
 
 
@@ -69,8 +74,6 @@ def why_not_model(config: Config, device: str) -> str | None:
         return HELD_GRADIENTS.format(f"precision.compute={config.precision.compute}")
     if config.precision.fp8 == "linears_and_attention":
         return "which heads attend in FP8 changes while training"
-    if config.precision.fp8 == "linears" and config.parallel.recompute == "full":
-        return "Transformer Engine's recomputation in FP8 is not captured"
     if config.model.attention.backend not in ("auto", "triton", "sdpa"):
         return f"attention.backend={config.model.attention.backend} is not captured"
     return None

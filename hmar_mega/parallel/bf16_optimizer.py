@@ -17,7 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.utils import (
+    all_gather_dp_groups,
+    bwc_tensor_model_parallel_rank,
+    is_model_parallel_parameter,
+)
 from torch import Tensor
 
 from hmar_mega.kernels.adamw import Chunks, Update, accumulate_, adamw_, total_norm
@@ -118,7 +122,9 @@ class SinglePassBF16Optimizer(BF16_Optimizer):  # type: ignore[misc]
     def _norm(self) -> Tensor:
         """Over the whole model, () float32 on the device."""
         if self.direct:
-            mine = [p.grad for group in self.bf16_groups for p in group]
+            first = bwc_tensor_model_parallel_rank(mpu=self.mpu) == 0  # replicas count once
+            counted = [p for group in self.bf16_groups for p in group if first or is_model_parallel_parameter(p)]
+            mine = [p.grad for p in counted]
         else:
             mine, _ = self.get_grads_for_norm()
         device = self.fp32_groups_flat_partition[0].device

@@ -52,10 +52,11 @@ def module_at_first_use(name: str) -> Iterator[None]:
 
     A module that is loaded already, or not installed, is imported as ever; afterwards every module is.
     """
-    if name in sys.modules or importlib.util.find_spec(name) is None:
+    if name in sys.modules or (spec := importlib.util.find_spec(name)) is None:
         yield
         return
     module = sys.modules[name] = _AtFirstUse(name)
+    module.__spec__ = spec  # by which others look whether it is installed
     try:
         yield
     finally:

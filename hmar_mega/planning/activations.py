@@ -117,7 +117,8 @@ def head_bytes(work: Workload, layout: Layout, chunk: int | None = LOGITS_CHUNK_
 
 def graphed(work: Workload, layout: Layout) -> bool:
     """Whether blocks are replayed as CUDA graphs."""
-    return work.graphs and why_not_layout(layout.pipeline, layout.tensor, layout.zero) is None
+    why_not = why_not_layout(layout.pipeline, layout.tensor, layout.zero, layout.recompute, work.fp8)
+    return work.graphs and why_not is None
 
 
 def graph_bytes(work: Workload, layout: Layout) -> float:

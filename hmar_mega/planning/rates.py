@@ -199,7 +199,11 @@ def read_steps(path: Path) -> tuple[MeasuredStep, ...]:
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return tuple(
             MeasuredStep(
-                row["config"], tuple(row["overrides"]), row["cluster"], float(row["images_per_s"]), str(path.name)
+                row["config"],
+                (*row["overrides"], *_older(row["overrides"])),
+                row["cluster"],
+                float(row["images_per_s"]),
+                str(path.name),
             )
             for row in rows
             if row.get("images_per_s")
@@ -209,6 +213,11 @@ def read_steps(path: Path) -> tuple[MeasuredStep, ...]:
             f"cannot read calibration {path}: {type(err).__name__} {err}; give a file that "
             "benchmarks/plan_memory.py wrote"
         ) from None
+
+
+def _older(overrides: list[str]) -> tuple[str, ...]:
+    """Files that name no optimizer are of a version that had torch's alone."""
+    return () if any(o.startswith("optim.impl=") for o in overrides) else ("optim.impl=torch",)
 
 
 def time_factor(ratios: list[float]) -> float:

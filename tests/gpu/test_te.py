@@ -401,6 +401,7 @@ def test_fp8_training_follows_bf16(printed: dict[str, str], folder: Path, name: 
     assert ours.losses != bf16.losses
     assert ("from here on in FP8" in printed[name]) == (name != "current")
     assert "fp8 linears" in printed[name]
+    assert ("captured 1 runs of blocks" in printed[name]) == (name == "graphs")
 
 
 def test_a_resumed_fp8_run_goes_on_with_its_scales(inputs: Inputs, printed: dict[str, str], folder: Path) -> None:
