@@ -1,4 +1,4 @@
-"""The fast path's pieces on a CPU beside the plain path: packed weights, modulation, embeddings, numbers, whole images."""
+"""The fast path's pieces on a CPU beside the plain path: packed weights, modulation, numbers, whole images."""
 
 from __future__ import annotations
 
