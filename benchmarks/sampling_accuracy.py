@@ -4,7 +4,8 @@
 
 MODEL is an exported model. Columns: `draws`, the share of tokens drawn alike, pass for pass, from float32's own f̂ (one
 step's rounding); `tokens`, the share alike at the end of a whole image, where one other token changes all that follow;
-`images`, those whose tokens are all alike; PSNR in dB (peak 1) of the decoder alone, on the same f̂, and of those images.
+`images`, those whose tokens are all alike; PSNR in dB (peak 1) of the decoder alone, on the same f̂, and of those
+images.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from typing import Any
 
 import torch
@@ -46,10 +47,11 @@ class ImageDecoder:
         """Decode f̂ (B, Z, h, w) float32 to images (B, 3, R, R) float32 in [0, 1], into `out` where it is given."""
         if out is None:
             out = f_hat.new_empty(len(f_hat), 3, self.tokenizer.resolution, self.tokenizer.resolution)
-        for start in range(0, len(f_hat), self.chunk):
-            part = f_hat[start : start + self.chunk].to(self.dtype)
+        size = math.ceil(len(f_hat) / math.ceil(len(f_hat) / self.chunk))  # chunks alike, which compile once
+        for start in range(0, len(f_hat), size):
+            part = f_hat[start : start + size].to(self.dtype)
             if self.dtype != torch.float32:
                 part = part.contiguous(memory_format=torch.channels_last)
             pixels = self._run(part).float()
-            out[start : start + self.chunk] = pixels.clamp(-1, 1).add(1).mul(0.5).clamp(0, 1)
+            out[start : start + size] = pixels.clamp(-1, 1).add(1).mul(0.5).clamp(0, 1)
         return out

@@ -98,8 +98,8 @@ class ImageSampler:
                 found.seeds.copy_(seeds_B)
                 found.graph.replay()
                 return found.tokens.clone(), found.images.clone()
-            reason = self.why_not(len(labels_B), settings)
-        self._say(f"images are sampled kernel by kernel, not as a CUDA graph: {reason}")
+            reason = self._refused[len(labels_B), settings]
+        self.say_plain(reason)
         tokens, f_hat = generate_tokens(self.model, self.decoder.tokenizer.quantizer, labels_B, seeds_B, settings)
         return tokens, self.decoder(f_hat)
 
@@ -108,6 +108,10 @@ class ImageSampler:
         if not self.graphs:
             return "graphs=False"
         return why_not_graphs(self.model, settings) or self._refused.get((batch, settings))
+
+    def say_plain(self, reason: str) -> None:
+        """Log, once for each reason, that images are not sampled as a graph."""
+        self._say(f"images are sampled kernel by kernel, not as a CUDA graph: {reason}")
 
     def program(self) -> ImageProgram:
         """What graphs capture, packed when first asked for."""

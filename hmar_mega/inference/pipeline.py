@@ -179,6 +179,7 @@ class ImageModel:
         seeds = image_seeds(seed, len(classes)).to(self.device)
         chosen = settings if settings is not None else self.sample_settings()
         features: list[Tensor] = []
+        self.sampler.say_plain("the images after each scale were asked for, and a graph gives the last alone")
         generate_tokens(self.model, self.tokenizer.quantizer, classes, seeds, chosen, on_features=features.append)
         return torch.stack([self.to_images(f_hat) for f_hat in features])
 

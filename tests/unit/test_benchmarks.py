@@ -8,19 +8,25 @@ from typing import Any
 
 import attention
 import pytest
+import sampling
+import sampling_accuracy
+import sampling_floor
 import torch
 import training
 from attention_table import ratios
 from common import Limits, Timing, idle_graph_memory, markdown_table, relative_error
+from helpers import tiny_export
 from plain_model import PlainModel, PlainTrainer
 from plan_memory import TINY
 from profiles import group_of, kernels_of
 from rivals import Problem
 
+from hmar_mega.config import ModelConfig, TokenizerConfig
 from hmar_mega.config_io import load_config
+from hmar_mega.inference.sampler import SampleSettings
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.objective import Objective
-from hmar_mega.scales import PATCH_NUMS, ScaleSchedule
+from hmar_mega.scales import PATCH_NUMS, ScaleSchedule, mask_schedule_for
 from hmar_mega.tokenizer.quantizer import MultiScaleQuantizer
 
 #: What one H100 reached.
@@ -205,3 +211,49 @@ def test_batches_are_consecutive_in_the_stream() -> None:
     positions = [batch.positions.tolist() for batch in [*first, *second]]
     assert positions == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert first[0].tokens.shape == (2, config.schedule.scales.num_tokens)
+
+
+@pytest.mark.parametrize(("depth", "batch", "expected"), [(16, 1, 3.0), (30, 1, 14.0), (30, 50, 330.0)])
+def test_floor_of_sampling(depth: int, batch: int, expected: float) -> None:
+    """Small batches read the weights 13 times, large ones are bound by FLOPs: counted by hand within a tenth."""
+    with torch.device("meta"):
+        model = HMAR(ModelConfig(depth=depth), ScaleSchedule(PATCH_NUMS[256]), 4096, 32, mask_branch=True).bfloat16()
+    settings = SampleSettings(1.6, 650, 0.99, mask_schedule_for(model.schedule, sampling.MASK_SCHEDULE))
+    found = sampling_floor.floor(model, TokenizerConfig(), settings, batch, H100)
+    print(found)
+    assert found["total"] == pytest.approx(expected, rel=0.1)
+
+
+def test_sampling_benchmark_checks_and_times_a_rival_too(tmp_path: Path) -> None:
+    (tmp_path / "rival.py").write_text(
+        "def sampler(model, tokenizer, settings, batch, device):\n    return lambda: model.schedule.num_tokens * batch\n"
+    )
+    out = tmp_path / "out.json"
+    sampling.main(
+        [
+            "--device",
+            "cpu",
+            "--tiny",
+            "--models",
+            "d16-256:2",
+            "--external",
+            str(tmp_path / "rival.py"),
+            "--json",
+            str(out),
+        ]
+    )
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["checked"]["logits"] < 1e-3
+    assert row["checked"]["tokens_as_plain"] == 1
+    assert row["refused"] == "CUDA graphs need a CUDA GPU, not cpu"
+    assert row["external"]["p50"] < row["ours"]["p50"] <= row["ours"]["p95"]
+    assert set(row["phases"]["transformer"]) == {"1", "2", "4"}
+
+
+def test_accuracy_of_float32_is_that_of_the_plain_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tiny_export(tmp_path / "model"), tmp_path / "out.json"
+    sampling_accuracy.main([str(folder), "--count", "4", "--device", "cpu", "--json", str(out)])
+    rows = {row["precision"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows["fp32"]["draws"] == rows["fp32"]["tokens"] == rows["fp32"]["images"] == 1
+    assert rows["fp32"]["image_psnr"] > 80 > rows["bf16"]["decoder_psnr"] > 30
+    assert "bf16" in capsys.readouterr().out
