@@ -26,8 +26,8 @@ def guided_logits(logits: Tensor, batch: int, strength: float) -> Tensor:
 def check_same_tokens(logits: Tensor, numbers: Tensor, strength: float, top_k: int, top_p: float) -> int:
     """Tokens and confidences of the plain path for the same numbers; returns how many tokens differ.
 
-    They, and confidences, may only where the number lies within rounding of a step of the distribution function, or where the mass above
-    a logit lies within rounding of top_p, so that it is kept by one and not by the other.
+    They, and confidences, may only where the number lies within rounding of a step of the distribution function, or
+    where the mass above a logit lies within rounding of top_p, so that it is kept by one and not by the other.
     """
     found, sure = sample_tokens(logits, numbers, strength, top_k, top_p)
     plain = guided_logits(logits, len(numbers), strength)

@@ -215,8 +215,9 @@ def test_batches_are_consecutive_in_the_stream() -> None:
 
 @pytest.mark.parametrize(("depth", "batch", "expected"), [(16, 1, 2.5), (30, 1, 14.0), (30, 50, 263.0)])
 def test_floor_of_sampling(depth: int, batch: int, expected: float) -> None:
-    """By hand, within a tenth: small batches read the weights 13 times, d30 at B 50 multiplies 1.34 G of them with 68 000
-    tokens; the decoder does 0.39 TFLOP an image."""
+    """By hand, within a tenth: small batches read the weights 13 times; d30 at B 50 multiplies 1.34 G of them with
+    68 000 tokens; the decoder does 0.39 TFLOP an image.
+    """
     with torch.device("meta"):
         model = HMAR(ModelConfig(depth=depth), ScaleSchedule(PATCH_NUMS[256]), 4096, 32, mask_branch=True).bfloat16()
     settings = SampleSettings(1.6, 650, 0.99, mask_schedule_for(model.schedule, sampling.MASK_SCHEDULE))
