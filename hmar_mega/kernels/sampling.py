@@ -131,7 +131,8 @@ def sample_tokens(logits: Tensor, numbers: Tensor, strength: float, top_k: int, 
         sample_kernel[(triton.cdiv(rows, per_program),)](
             logits, numbers, tokens, confidence, rows, batch, numbers.stride(0), 1 + strength, float(strength),
             float(top_p), GUIDED=samples == 2 * batch, TOP_K=top_k if top_k < vocabulary else 0, TOP_P=top_p < 1,
-            V=vocabulary, BLOCK=block, ROWS=per_program, num_warps=8, enable_fp_fusion=False,
+            V=vocabulary, BLOCK=block, ROWS=per_program, num_warps=8 if block <= PER_PROGRAM else 16,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return tokens, confidence
 
