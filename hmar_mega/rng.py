@@ -60,12 +60,12 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=-1)
 
 
-def uniform(seeds: Tensor, positions: Tensor, purpose: int, count: int) -> Tensor:
+def uniform(seeds: Tensor, positions: Tensor, purpose: int | Tensor, count: int) -> Tensor:
     """Uniform numbers in [0, 1), a pure function of each row's (seed, position, purpose).
 
     Args:
         seeds, positions: int64, non-negative, broadcast to (B,).
-        purpose: the stream, see `Purpose`; below 2³².
+        purpose: the stream, see `Purpose`; below 2³². One number, or (B,) int64, one a row.
         count: numbers a row.
 
     Returns:
@@ -74,10 +74,14 @@ def uniform(seeds: Tensor, positions: Tensor, purpose: int, count: int) -> Tenso
     seeds, positions = torch.broadcast_tensors(seeds, positions)
     block = torch.arange((count + 3) // 4, device=positions.device)
     shape = (positions.shape[0], block.shape[0])
+    if isinstance(purpose, Tensor):
+        streams = purpose[:, None].expand(shape)
+    else:
+        streams = torch.full(shape, int(purpose), device=positions.device)
     counter = torch.stack(
         [
             block.expand(shape),
-            torch.full(shape, int(purpose), device=positions.device),
+            streams,
             (positions & _LOW)[:, None].expand(shape),
             ((positions >> 32) & _LOW)[:, None].expand(shape),
         ],

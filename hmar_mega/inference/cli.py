@@ -116,7 +116,8 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--more-smooth", action="store_true", help="mix codes: prettier, not for measuring")
     group.add_argument("--seed", type=int, help="image i uses seed + i (default: 0)")
     group.add_argument("--device", help="default: the first GPU (of torchrun's local rank), else the CPU")
-    group.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the transformer (default: fp32)")
+    group.add_argument("--dtype", choices=DTYPES, help="of the transformer alone (default: fp32)")
+    group.add_argument("--precision", choices=DTYPES, help="of transformer and decoder; f̂ and draws stay fp32")
 
 
 def _run_sample(args: argparse.Namespace) -> int:

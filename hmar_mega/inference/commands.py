@@ -27,7 +27,7 @@ from hmar_mega.inference.generation import Generation, Request
 from hmar_mega.inference.opening import open_model
 from hmar_mega.inference.options import ClassNames, class_names, parse_cfg, parse_mask_schedule, read_requests
 from hmar_mega.inference.pipeline import ImageModel, image_seeds
-from hmar_mega.inference.sampler import SampleSettings, generate_tokens
+from hmar_mega.inference.sampler import SampleSettings
 
 #: Images of a grid, or versions of an edit, sampled at once.
 BATCH = 64
@@ -125,7 +125,13 @@ def _open(args: argparse.Namespace) -> tuple[ImageModel, ClassNames, SampleSetti
     cfg = None if args.cfg is None else parse_cfg(args.cfg)
     mask_cfg = None if args.mask_cfg is None else parse_cfg(args.mask_cfg, "--mask-cfg")
     passes = None if args.mask_schedule is None else parse_mask_schedule(args.mask_schedule)
-    model = open_model(args.model, device, DTYPES[args.dtype], args.ema, args.checkpoint, args.tokenizer)
+    if args.precision is not None and args.dtype is not None:
+        raise UserError(
+            f"--precision {args.precision} is that of transformer and decoder, --dtype {args.dtype} of the transformer "
+            "alone: give one of the two"
+        )
+    dtype, decoder_dtype = DTYPES[args.precision or args.dtype or "fp32"], DTYPES[args.precision or "fp32"]
+    model = open_model(args.model, device, dtype, args.ema, args.checkpoint, args.tokenizer, decoder_dtype)
     names = class_names(args.class_names, model.settings.get("classes"), model.num_classes)
     negative = None if args.negative_class is None else names.number(args.negative_class)
     settings = model.sample_settings(
@@ -154,8 +160,7 @@ def _draw_grid(
 def _images(model: ImageModel, settings: SampleSettings, labels: list[int], seeds: list[int]) -> Tensor:
     """(B, 3, H, W) in main memory."""
     own_seeds = torch.tensor(seeds, device=model.device)
-    _, f_hat = generate_tokens(model.model, model.tokenizer.quantizer, model.check_labels(labels), own_seeds, settings)
-    return model.to_images(f_hat).cpu()
+    return model.sampler(model.check_labels(labels), own_seeds, settings)[1].cpu()
 
 
 def _batches(count: int, size: int) -> list[slice]:

@@ -98,6 +98,7 @@ def edit(
     kept = kept_tokens(edit_mask, model.schedule)
     classes, seeds = model.check_labels(labels), image_seeds(seed, len(images)).to(model.device)
     chosen = settings if settings is not None else model.sample_settings()
+    model.sampler.say_plain("an edit forces tokens, which no graph takes")
     tokens, f_hat = generate_tokens(model.model, model.tokenizer.quantizer, classes, seeds, chosen, original, kept)
     decoded = model.to_images(f_hat)
     result = decoded

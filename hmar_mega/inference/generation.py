@@ -23,7 +23,7 @@ from torch import Tensor
 from hmar_mega.errors import UserError
 from hmar_mega.files import check_writable, create_atomic
 from hmar_mega.inference.pipeline import ImageModel
-from hmar_mega.inference.sampler import SampleSettings, generate_tokens
+from hmar_mega.inference.sampler import SampleSettings
 from hmar_mega.inference.storage import Chunk, Format, Store, open_store
 from hmar_mega.progress import Tally, track
 
@@ -127,8 +127,7 @@ class Generation:
         for start in range(0, len(chunk.labels), self.batch_size):
             batch = slice(start, start + self.batch_size)
             labels, seeds = (torch.from_numpy(x[batch]).to(model.device) for x in (chunk.labels, chunk.seeds))
-            _, f_hat = generate_tokens(model.model, model.tokenizer.quantizer, labels, seeds, self.settings)
-            images.append(to_bytes(model.to_images(f_hat)))
+            images.append(to_bytes(model.sampler(labels, seeds, self.settings)[1]))
             tally.advance(len(labels))
         return np.concatenate(images)
 
@@ -180,6 +179,11 @@ class Generation:
             "device": device_name(self.model.device),
             **dataclasses.asdict(self.settings),
         }
+        # rounding differs from that of the plain path in float32, which older plans mean
+        if self.model.sampler.why_not(self.batch_size, self.settings) is None:
+            plan["sampler"] = "graphs"
+        if self.model.decoder.dtype != torch.float32:
+            plan["decoder"] = str(self.model.decoder.dtype)
         if self.form == "shards":  # the only format that has them
             plan["class_names"] = hashlib.sha256(json.dumps(self._class_names()).encode()).hexdigest()[:16]
         comparable: dict[str, Any] = json.loads(json.dumps(plan))

@@ -39,12 +39,13 @@ def open_model(
     ema: bool = False,
     checkpoint: str = LATEST,
     tokenizer_folder: Path | None = None,
+    decoder_dtype: torch.dtype = torch.float32,
 ) -> ImageModel:
     """An exported model, or the model of a run directory, also of one that still trains.
 
     Args:
         path: exported model, or run directory.
-        device, dtype: as in `load_model`.
+        device, dtype, decoder_dtype: as in `load_model`.
         ema: take the moving average of the weights. An export was made with it or without, and says so.
         checkpoint: of a run: `latest`, `best`, or a name.
         tokenizer_folder: of a run's tokenizer, if it has moved.
@@ -54,7 +55,7 @@ def open_model(
     """
     path = Path(path)
     if not (path / "checkpoints").is_dir():
-        model = load_model(path, device, dtype)
+        model = load_model(path, device, dtype, decoder_dtype)
         if checkpoint != LATEST or tokenizer_folder is not None:
             raise UserError(f"{path} is an exported model, with one checkpoint and its own tokenizer; name neither")
         if ema and not model.settings.get("trained", {}).get("ema"):
@@ -77,4 +78,4 @@ def open_model(
         "" if reader.state.get("finished", True) else ", which is unfinished",
     )  # fmt: skip
     tokenizer = tokenizer_folder or Path(str(config.tokenizer.path))
-    return build_model(settings, weights, path, tokenizer, pick_device(device), dtype)
+    return build_model(settings, weights, path, tokenizer, pick_device(device), dtype, decoder_dtype)

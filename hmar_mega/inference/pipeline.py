@@ -18,6 +18,8 @@ from hmar_mega.checkpoint.sources import ExportReader, WeightSource, check_shape
 from hmar_mega.config import ModelConfig
 from hmar_mega.devices import pick_device
 from hmar_mega.errors import UserError
+from hmar_mega.inference.decoding import ImageDecoder
+from hmar_mega.inference.graphs import ImageSampler
 from hmar_mega.inference.sampler import SampleSettings, generate_tokens, guidance_strengths
 from hmar_mega.inference.smooth import Smoothing
 from hmar_mega.model.hmar import HMAR
@@ -44,13 +46,25 @@ class ImageModel:
         model: the transformer, in evaluation mode.
         tokenizer: the VQ-VAE, float32.
         settings: the export's `config.json`: sampling defaults, class names, where it came from.
+        decoder: f̂ to pixels, in `decoder_dtype`.
+        sampler: whole batches, on a GPU as CUDA graphs unless `graphs` is False; see `graphs.ImageSampler`.
     """
 
-    def __init__(self, model: HMAR, tokenizer: MultiScaleVQVAE, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: HMAR,
+        tokenizer: MultiScaleVQVAE,
+        settings: dict[str, Any],
+        decoder_dtype: torch.dtype = torch.float32,
+        graphs: bool = True,
+        compile_decoder: bool = False,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer.eval()
         self.settings = settings
         self.device = next(model.parameters()).device
+        self.decoder = ImageDecoder(self.tokenizer, decoder_dtype, compile_decoder)
+        self.sampler = ImageSampler(self.model, self.decoder, graphs)
 
     @property
     def num_classes(self) -> int:
@@ -143,8 +157,7 @@ class ImageModel:
         images = []
         for start in range(0, len(classes), step):
             own, own_seeds = classes[start : start + step], seeds[start : start + step].to(self.device)
-            _, f_hat = generate_tokens(self.model, self.tokenizer.quantizer, own, own_seeds, chosen)
-            images.append(self.to_images(f_hat))
+            images.append(self.sampler(own, own_seeds, chosen)[1])
         return torch.cat(images)
 
     def generate_scales(
@@ -166,6 +179,7 @@ class ImageModel:
         seeds = image_seeds(seed, len(classes)).to(self.device)
         chosen = settings if settings is not None else self.sample_settings()
         features: list[Tensor] = []
+        self.sampler.say_plain("the images after each scale were asked for, and a graph gives the last alone")
         generate_tokens(self.model, self.tokenizer.quantizer, classes, seeds, chosen, on_features=features.append)
         return torch.stack([self.to_images(f_hat) for f_hat in features])
 
@@ -240,19 +254,26 @@ class ImageModel:
 
     def to_images(self, f_hat: Tensor) -> Tensor:
         """Decode f̂ (B, Z, h, w) to images (B, 3, H, W) in [0, 1]."""
-        with torch.inference_mode():
-            return self.tokenizer.decode(f_hat).add(1).mul(0.5).clamp(0, 1)
+        return self.decoder(f_hat)
 
 
 def load_model(
-    folder: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    decoder_dtype: torch.dtype = torch.float32,
+    graphs: bool = True,
+    compile_decoder: bool = False,
 ) -> ImageModel:
     """Load an exported model (`hmar-mega export`).
 
     Args:
         folder: with model.safetensors, config.json and tokenizer/.
         device: default the first GPU, else the CPU.
-        dtype: of the transformer; the tokenizer stays float32.
+        dtype: of the transformer. f̂ and the draws of tokens are float32 in any case.
+        decoder_dtype: of the tokenizer's decoder.
+        graphs: on a GPU, sample each batch size as one CUDA graph; see `graphs.ImageSampler`.
+        compile_decoder: run the decoder through torch.compile.
 
     Raises:
         UserError: when the folder is no exported model or does not fit its own config.
@@ -270,7 +291,10 @@ def load_model(
     missing = [key for key in CONFIG_KEYS if key not in settings]
     if missing:
         raise UserError(f"{folder}/config.json lacks {', '.join(missing)}; export the model again")
-    return build_model(settings, ExportReader(folder), folder, folder / "tokenizer", device, dtype)
+    weights = ExportReader(folder)
+    return build_model(
+        settings, weights, folder, folder / "tokenizer", device, dtype, decoder_dtype, graphs, compile_decoder
+    )
 
 
 def build_model(
@@ -280,11 +304,15 @@ def build_model(
     tokenizer_folder: Path,
     device: torch.device,
     dtype: torch.dtype,
+    decoder_dtype: torch.dtype = torch.float32,
+    graphs: bool = True,
+    compile_decoder: bool = False,
 ) -> ImageModel:
     """The model that `settings`, an export's config.json, describes, with the weights of `source`.
 
     Args:
         folder: where it came from, for messages.
+        decoder_dtype, graphs, compile_decoder: as in `load_model`.
 
     Raises:
         UserError: when tokenizer, settings and weights do not fit each other.
@@ -314,7 +342,7 @@ def build_model(
     except (TypeError, ValueError) as err:
         raise UserError(f"{folder}/config.json is damaged ({err}); export the model again") from None
     _fill(model, source, folder, device, dtype)
-    return ImageModel(model, tokenizer, settings)
+    return ImageModel(model, tokenizer, settings, decoder_dtype, graphs, compile_decoder)
 
 
 def _mask_cfg(defaults: dict[str, Any], cfg_scale: float | tuple[float, ...]) -> float | tuple[float, ...]:

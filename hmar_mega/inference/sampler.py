@@ -86,10 +86,21 @@ def generate_tokens(
         tokens (B, N) int64 and f̂ (B, Z, h, w) float32; with `more_smooth`, f̂ of mixed codes and the likeliest of each
         mixture as token.
     """
-    state = _State(model, codes, labels_B, seeds_B, settings)
+    state = SamplingState(model, codes, labels_B, seeds_B, settings)
+    return sample_scales(state, forced_tokens_BN, forced_BN, after_scale, on_features)
+
+
+def sample_scales(
+    state: SamplingState,
+    forced_tokens_BN: Tensor | None = None,
+    forced_BN: Tensor | None = None,
+    after_scale: Callable[[], None] | None = None,
+    on_features: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All scales of a state that has none yet; see `generate_tokens`."""
     tokens = []
-    for scale, passes in enumerate(settings.mask_schedule):
-        span = model.schedule.span(scale)
+    for scale, passes in enumerate(state.settings.mask_schedule):
+        span = state.model.schedule.span(scale)
         forced = forced_BN[:, span] if forced_BN is not None else None
         given = forced_tokens_BN[:, span] if forced_tokens_BN is not None else None
         tokens.append(_sample_scale(state, scale, passes, given, forced))
@@ -145,8 +156,8 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-class _State:
-    """What sampling carries from scale to scale."""
+class SamplingState:
+    """What sampling carries from scale to scale, and how it asks the model: plainly. `packed` has the fast way."""
 
     def __init__(self, model: HMAR, codes: Codes, labels_B: Tensor, seeds_B: Tensor, settings: SampleSettings) -> None:
         self.model, self.codes, self.settings, self.seeds = model, codes, settings, seeds_B
@@ -162,6 +173,7 @@ class _State:
 
     @property
     def batch(self) -> int:
+        """Images."""
         return self.seeds.shape[0]
 
     def add(self, scale: int, tokens: Tensor) -> None:
@@ -193,6 +205,18 @@ class _State:
         conditional, unconditional = logits.chunk(2)
         return (1 + strength) * conditional - strength * unconditional
 
+    def sample(
+        self,
+        scale: int,
+        branch: Branch,
+        strength: float,
+        attempt: int,
+        features: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One pass of a scale: `draw` from its `logits`."""
+        return self.draw(self.logits(scale, branch, strength, features, mask), scale, attempt)
+
     def draw(self, logits: Tensor, scale: int, attempt: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens (B, n), their confidences, and mixed codes (B, n, Z) if asked for, from (seed, scale, pass)."""
         settings, purpose = self.settings, Purpose.SAMPLE * (scale + 1) + attempt
@@ -208,10 +232,10 @@ class _State:
 
 
 def _sample_scale(
-    state: _State, scale: int, passes: Sequence[int], given: Tensor | None, forced: Tensor | None
+    state: SamplingState, scale: int, passes: Sequence[int], given: Tensor | None, forced: Tensor | None
 ) -> Tensor:
     """One scale: a next-scale pass, then mask passes on what was not confident enough; (B, n) int64."""
-    tokens, confidence, mixed = state.draw(state.logits(scale, "next_scale", state.strengths[scale]), scale, 0)
+    tokens, confidence, mixed = state.sample(scale, "next_scale", state.strengths[scale], 0)
     if forced is not None and given is not None:
         tokens = torch.where(forced, given, tokens)
         confidence = confidence.masked_fill(forced, float("inf"))
@@ -224,8 +248,7 @@ def _sample_scale(
         # everything kept before ranks first; forced tokens stay even beyond the count
         kept = (rank < target) | confidence.isinf()
         features = _token_features(state, scale, tokens, kept)
-        logits = state.logits(scale, "masked", state.mask_strengths[scale], features, ~kept)
-        again, sure, new = state.draw(logits, scale, attempt)
+        again, sure, new = state.sample(scale, "masked", state.mask_strengths[scale], attempt, features, ~kept)
         tokens = torch.where(kept, tokens, again)
         confidence = torch.where(kept, float("inf"), sure)
         if mixed is not None and new is not None:
@@ -234,7 +257,7 @@ def _sample_scale(
     return tokens
 
 
-def _token_features(state: _State, scale: int, tokens: Tensor, kept: Tensor) -> Tensor:
+def _token_features(state: SamplingState, scale: int, tokens: Tensor, kept: Tensor) -> Tensor:
     """φ_k(e_k)↓ of the kept tokens, (B, n, Z); rejected codes are zeroed first unless training let them through."""
     keep = kept if state.settings.mask_input == "leak_free" else None
     features = state.codes.scale_features(scale, tokens, keep)

@@ -11,24 +11,30 @@ import attention
 import data_rivals
 import numpy as np
 import pytest
+import sampling
+import sampling_accuracy
+import sampling_floor
 import tokenizer_quality
 import tokenizer_speed
 import torch
 import training
 from attention_table import ratios
 from common import Limits, Timing, idle_graph_memory, markdown_table, relative_error
+from helpers import tiny_export
 from mixing import measure_mixing
 from plain_model import PlainModel, PlainTrainer
 from plan_memory import TINY
 from profiles import group_of, kernels_of
 from rivals import Problem
 
+from hmar_mega.config import ModelConfig, TokenizerConfig
 from hmar_mega.config_io import load_config
 from hmar_mega.data.demo import write_demo
 from hmar_mega.data.order import GroupedOrder, SampleOrder
+from hmar_mega.inference.sampler import SampleSettings
 from hmar_mega.model.hmar import HMAR
 from hmar_mega.objective import Objective
-from hmar_mega.scales import PATCH_NUMS, ScaleSchedule
+from hmar_mega.scales import PATCH_NUMS, ScaleSchedule, mask_schedule_for
 from hmar_mega.tokenizer.quantizer import MultiScaleQuantizer
 
 #: By its path: in the repository's root `import data` would find the room of that name.
@@ -297,3 +303,50 @@ def test_flops_of_the_published_tokenizer_are_counted() -> None:
     assert flops["encode"] < flops["decode"]
     search = 2 * 680 * 4096 * 32
     assert flops["train"] == 3 * (flops["encode"] - search + flops["decode"]) + search
+
+
+@pytest.mark.parametrize(("depth", "batch", "expected"), [(16, 1, 2.5), (30, 1, 14.0), (30, 50, 263.0)])
+def test_floor_of_sampling(depth: int, batch: int, expected: float) -> None:
+    """By hand, within a tenth: small batches read the weights 13 times; d30 at B 50 multiplies 1.34 G of them with
+    68 000 tokens; the decoder does 0.39 TFLOP an image.
+    """
+    with torch.device("meta"):
+        model = HMAR(ModelConfig(depth=depth), ScaleSchedule(PATCH_NUMS[256]), 4096, 32, mask_branch=True).bfloat16()
+    settings = SampleSettings(1.6, 650, 0.99, mask_schedule_for(model.schedule, sampling.MASK_SCHEDULE))
+    found = sampling_floor.floor(model, TokenizerConfig(), settings, batch, H100)
+    assert found["total"] == pytest.approx(expected, rel=0.1)
+
+
+def test_sampling_benchmark_checks_and_times_a_rival_too(tmp_path: Path) -> None:
+    (tmp_path / "rival.py").write_text(
+        "def sampler(model, tokenizer, settings, batch, device):\n    return lambda: batch\n"
+    )
+    out, rival = tmp_path / "out.json", str(tmp_path / "rival.py")
+    sampling.main(
+        [
+            "--device",
+            "cpu",
+            "--tiny",
+            "--models",
+            "d16-256:2",
+            "--external",
+            rival,
+            "--json",
+            str(out),
+        ]
+    )
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["checked"]["logits"] < 1e-3
+    assert row["checked"]["tokens_as_plain"] == 1
+    assert row["refused"] == "CUDA graphs need a CUDA GPU, not cpu"
+    assert row["external"]["p50"] < row["ours"]["p50"] <= row["ours"]["p95"]
+    assert set(row["phases"]["transformer"]) == {"1", "2", "4"}
+
+
+def test_accuracy_of_float32_is_that_of_the_plain_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tiny_export(tmp_path / "model"), tmp_path / "out.json"
+    sampling_accuracy.main([str(folder), "--count", "4", "--device", "cpu", "--json", str(out)])
+    rows = {row["precision"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows["fp32"]["draws"] == rows["fp32"]["tokens"] == rows["fp32"]["images"] == 1
+    assert rows["fp32"]["image_psnr"] > 80 > rows["bf16"]["decoder_psnr"] > 30
+    assert "bf16" in capsys.readouterr().out

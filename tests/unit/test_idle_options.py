@@ -42,6 +42,7 @@ REFUSED = {
     "chunk size": ([*GRID, "--chunk-size", "3"], "--chunk-size would do nothing: grid.png is to be a grid in one PNG"),
     "the default": ([*GRID, "--format", "npz", "--chunk-size", "500"], "--format and --chunk-size would do nothing"),
     "batch of none": ([*GRID, "--batch-size", "0"], "--batch-size 0: sample at least 1"),
+    "two number formats": ([*GRID, "--precision", "bf16", "--dtype", "fp32"], "give one of the two"),
     "negative class": ([*GRID, "--cfg", "0", "--negative-class", "2"], "negative_class=2 would do nothing: no pass is"),
     "mask guidance of other scales": (
         [*GRID, "--cfg", "0", "--mask-cfg", "0,1,0", "--mask-schedule", "1;4;4,12"],

@@ -325,3 +325,14 @@ def test_generated_tokens_are_what_the_images_decode(model: ImageModel):
     tokens = random_tokens(1)
     f_hat = model.tokenizer.quantizer.f_hat(tokens)
     torch.testing.assert_close(model.to_images(f_hat), model.tokenizer.decode_tokens(tokens) / 2 + 0.5)
+
+
+def test_transformer_and_decoder_in_16_bits_give_float32_images(folder: Path):
+    low = load_model(folder, "cpu", torch.bfloat16, torch.bfloat16)
+    images = low.generate([0, 3], seed=4)
+    assert low.decoder.dtype == low.model.pos_start.dtype == torch.bfloat16
+    assert next(low.tokenizer.parameters()).dtype == images.dtype == torch.float32
+    assert 0 <= images.min() < images.max() <= 1
+    mixed = load_model(folder, "cpu", torch.bfloat16)  # the same tokens through the decoder in float32
+    difference = (mixed.generate([0, 3], seed=4) - images).abs().max()
+    assert 0 < difference < 0.05
