@@ -1,4 +1,4 @@
-"""Features of many images in chunks on disk: shared by processes, resumable after a kill, the same for any number of them.
+"""Features of many images in chunks on disk: shared by processes, resumable, the same for any number of processes.
 
     FOLDER/plan.json        which images, which network
     FOLDER/000000.npz …     pooled (n, D), spatial (n, S), log_probabilities (n, C) float32 of 500 images each

@@ -1,4 +1,4 @@
-"""Images to measure, wherever they are: a folder of files, image shards, an .npz of ADM's layout, or what `sample` made.
+"""Images to measure, wherever they are: a folder of files, image shards, an .npz of ADM's layout, or a generation.
 
     FOLDER            image files at any depth, in the order of their names
     FOLDER            image shards, with their index.json
@@ -135,6 +135,7 @@ class NpzImages:
     def __init__(self, path: Path, fit: Fit) -> None:
         self.path, self._fit = path, fit
         try:
+            self._archive = zipfile.ZipFile(path)
             self._shape = self._open()
         except NPZ_ERRORS as err:
             raise UserError(f"{path} cannot be read as an .npz with arr_0: {err}; make it anew") from None
@@ -168,7 +169,7 @@ class NpzImages:
 
     def _open(self) -> tuple[int, ...]:
         """Go to the first image; gives the array's shape."""
-        self._member: BinaryIO = zipfile.ZipFile(self.path).open("arr_0.npy")  # type: ignore[assignment]
+        self._member: BinaryIO = self._archive.open("arr_0.npy")  # type: ignore[assignment]
         major, _ = np.lib.format.read_magic(self._member)
         read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(self._member)
@@ -210,12 +211,11 @@ def _decode(data: bytes, where: str, fit: Fit) -> np.ndarray:
         image.load()
     except (UnidentifiedImageError, *DECODE_ERRORS) as err:
         raise UserError(f"{where} cannot be decoded: {describe_damage(err)}; remove it or make it anew") from None
-    if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I"):
-        if not fit.grayscale:
-            raise UserError(
-                f"{where} is grayscale (mode {image.mode}) and feature networks see RGB; convert it, or repeat its "
-                "channel with --grayscale"
-            )
+    if (image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")) and not fit.grayscale:
+        raise UserError(
+            f"{where} is grayscale (mode {image.mode}) and feature networks see RGB; convert it, or repeat its "
+            "channel with --grayscale"
+        )
     if fit.size is not None and image.size != (fit.size, fit.size):
         return _resized(image, fit.size)
     return np.asarray(to_rgb(image))

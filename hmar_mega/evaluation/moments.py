@@ -1,8 +1,7 @@
-"""Mean and covariance of features in one pass: float64 sums of chunks, merged exactly, and files of them."""
+"""Mean and covariance of features in one pass: float64 sums of chunks, merged exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,13 +52,3 @@ class Moments:
         """(D, D) float64, normalised by n − 1 as `numpy.cov` does."""
         covariance: np.ndarray = self.scatter / (self.count - 1)
         return covariance
-
-
-def merge(parts: Iterable[Moments]) -> Moments:
-    """The moments of all parts, merged in their order, so that the result does not depend on who computed them."""
-    total: Moments | None = None
-    for part in parts:
-        total = part if total is None else total.merged(part)
-    if total is None:
-        raise ValueError("no moments to merge")
-    return total

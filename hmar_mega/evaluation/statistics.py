@@ -16,7 +16,7 @@ import numpy as np
 
 from hmar_mega.errors import UserError
 from hmar_mega.evaluation.images import NPZ_ERRORS
-from hmar_mega.evaluation.moments import Moments, merge
+from hmar_mega.evaluation.moments import Moments
 from hmar_mega.evaluation.networks import FeatureNetwork
 from hmar_mega.files import open_atomic
 from hmar_mega.inference.storage import write_npz
@@ -49,17 +49,20 @@ class Statistics:
 
 def gather(chunks: Iterable[dict[str, np.ndarray]], count: int) -> Statistics:
     """The statistics of features in chunks, one chunk in memory at a time."""
-    pooled, spatial, kept, start = [], [], [], 0
     chosen = np.unique(np.linspace(0, count - 1, min(count, KEPT)).round().astype(int))
-    total: list[Moments] = []
+    pooled: Moments | None = None
+    spatial: Moments | None = None
+    kept, start = [], 0
     for chunk in chunks:
-        pooled, spatial = [Moments.of(chunk["pooled"])], [Moments.of(chunk["spatial"])]
-        total = [merge([*total[:1], *pooled]), merge([*total[1:], *spatial])]
         stop = start + len(chunk["pooled"])
         kept.append(chunk["pooled"][chosen[(chosen >= start) & (chosen < stop)] - start])
+        own, own_spatial = Moments.of(chunk["pooled"]), Moments.of(chunk["spatial"])
+        pooled = own if pooled is None else pooled.merged(own)
+        spatial = own_spatial if spatial is None else spatial.merged(own_spatial)
         start = stop
-    first, second = total
-    return Statistics(count, first.mean, first.covariance, second.mean, second.covariance, np.concatenate(kept))
+    if pooled is None or spatial is None:
+        raise ValueError("no features to gather")
+    return Statistics(count, pooled.mean, pooled.covariance, spatial.mean, spatial.covariance, np.concatenate(kept))
 
 
 def save_statistics(path: Path, statistics: Statistics, network: FeatureNetwork) -> None:
