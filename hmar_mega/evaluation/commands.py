@@ -108,7 +108,7 @@ def _sample(args: argparse.Namespace, result: dict[str, Any], rank: int, world: 
     if args.num is None:
         return None
     request = Request.balanced(args.num, list(range(model.num_classes)), args.seed or 0)
-    folder = args.out / "samples"
+    folder: Path = args.out / "samples"
     generation = Generation(
         model, settings, request, folder, part=rank, parts=world, class_names=names.names, batch_size=args.batch_size
     )
@@ -136,11 +136,11 @@ def _measure(args: argparse.Namespace, images: Path, result: dict[str, Any], ran
             reference = open_images(args.reference, fit)
             check_count(len(reference), str(args.reference))
             _check_sizes(source, reference)
-    own = Extraction(source, network, args.out / "features" / "images", args.batch_size, args.chunk_size)
+    own = Extraction(source, network, args.out / "features", args.batch_size, args.chunk_size)
     own.run(rank, world)
     theirs = None
     if reference is not None:
-        theirs = Extraction(reference, network, args.out / "features" / "reference", args.batch_size, args.chunk_size)
+        theirs = Extraction(reference, network, args.out / "features", args.batch_size, args.chunk_size)
         theirs.run(rank, world)
     dist.barrier()
     if rank != 0:
@@ -191,7 +191,8 @@ def _process_group(world: int) -> Iterator[None]:
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # one may have much more to do than another
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:

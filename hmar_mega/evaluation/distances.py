@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from scipy.linalg import eigh
 
 #: Rows of a distance or kernel matrix that are in memory at once.
 BLOCK = 1024
@@ -25,21 +24,28 @@ def bootstrap_weights(count: int, replicates: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([np.ones((1, count)), draws.astype(np.float64)])
 
 
-def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½), arXiv 1706.08500, eq. 6.
+class FrechetReference:
+    """The Fréchet distance to one normal distribution: ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½), arXiv 1706.08500, eq. 6.
 
     tr (Σ₁ Σ₂)^½ is the sum of the square roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric: no complex
-    numbers, and no offset of the diagonal where a covariance is singular.
+    numbers, and no offset of the diagonal where a covariance is singular. The root of Σ₁ is taken once.
 
     Args:
-        mean_1, mean_2: (D,) float64.
-        cov_1, cov_2: (D, D) float64.
+        mean: (D,) float64.
+        covariance: (D, D) float64.
     """
-    values, vectors = eigh(cov_1)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    between = eigh(root @ cov_2 @ root, eigvals_only=True)
-    step = mean_1 - mean_2
-    return float(step @ step + np.trace(cov_1) + np.trace(cov_2) - 2 * np.sqrt(between.clip(0)).sum())
+
+    def __init__(self, mean: np.ndarray, covariance: np.ndarray) -> None:
+        self.mean, self._trace = mean, float(np.trace(covariance))
+        values, vectors = torch.linalg.eigh(torch.from_numpy(covariance))
+        self._root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+    def distance(self, mean: np.ndarray, covariance: np.ndarray) -> float:
+        """Distance to a mean (D,) and a covariance (D, D), float64."""
+        between = torch.linalg.eigvalsh(self._root @ torch.from_numpy(covariance) @ self._root)
+        step = self.mean - mean
+        root_trace = float(between.clamp(min=0).sqrt().sum())
+        return float(step @ step) + self._trace + float(np.trace(covariance)) - 2 * root_trace
 
 
 def inception_score(log_probabilities: np.ndarray, weights: np.ndarray, splits: int) -> np.ndarray:

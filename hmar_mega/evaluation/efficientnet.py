@@ -31,7 +31,8 @@ class SameConv2d(nn.Conv2d):
         for side, kernel, stride in zip(x.shape[:-3:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
             total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
             pads += [total // 2, total - total // 2]
-        return super().forward(F.pad(x, pads))
+        filtered: Tensor = super().forward(F.pad(x, pads))
+        return filtered
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
@@ -58,7 +59,8 @@ class Block(nn.Module):
         y = F.relu6(self._bn0(self._expand_conv(x))) if self._expands else x
         y = F.relu6(self._bn1(self._depthwise_conv(y)))
         y = self._bn2(self._project_conv(y))
-        return x + y if self._adds else y
+        result: Tensor = x + y if self._adds else y
+        return result
 
 
 class EfficientNetLite0(nn.Module):

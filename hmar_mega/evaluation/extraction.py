@@ -1,17 +1,18 @@
 """Features of many images in chunks on disk: shared by processes, resumable, the same for any number of processes.
 
-    FOLDER/plan.json        which images, which network
-    FOLDER/000000.npz …     pooled (n, D), spatial (n, S), log_probabilities (n, C) float32 of 500 images each
+    ROOT/NETWORK-DIGEST-IMAGES-500/000000.npz …   pooled (n, D), spatial (n, S), log_probabilities (n, C) float32
 
-Chunk c belongs to process c mod n. A chunk is written whole or not at all; statistics are merged in the chunks' order.
+The folder's name says which network saw which images in chunks of how many, so that features of others are never taken
+for them, and images that were mended are looked at again. Chunk c belongs to process c mod n. A chunk is written whole
+or not at all; statistics are merged in the chunks' order.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,23 +20,21 @@ import torch
 from hmar_mega.errors import UserError
 from hmar_mega.evaluation.images import NPZ_ERRORS, ImageSource
 from hmar_mega.evaluation.networks import FeatureNetwork, Features
-from hmar_mega.files import check_writable, create_atomic, open_atomic
+from hmar_mega.files import open_atomic
 from hmar_mega.inference.storage import write_npz
 from hmar_mega.progress import track
 
 #: Images of a file of features.
 CHUNK = 500
 
-PLAN_FILE = "plan.json"
-
 
 @dataclass(frozen=True)
 class Extraction:
-    """Features of `source` by `network` in `folder`."""
+    """Features of `source` by `network`, in a folder of their own in `root`."""
 
     source: ImageSource
     network: FeatureNetwork
-    folder: Path
+    root: Path
     batch_size: int = 50
     chunk_size: int = CHUNK
 
@@ -43,10 +42,8 @@ class Extraction:
         """Make this part's missing chunks.
 
         Raises:
-            UserError: when the folder is of other images or another network, an image cannot be used, or a feature is
-                not finite.
+            UserError: when the folder cannot be written, an image cannot be used, or a feature is not finite.
         """
-        self._agree_on_plan()
         own = range(part, self._chunks, parts)
         missing = [chunk for chunk in own if not self._path(chunk).exists()]
         total, left = (sum(self._span(c)[1] - self._span(c)[0] for c in chunks) for chunks in (own, missing))
@@ -75,7 +72,7 @@ class Extraction:
             yield arrays
 
     def _features(self, start: int, stop: int) -> Features:
-        features = self.network.extract(torch.from_numpy(np.ascontiguousarray(self.source.read(start, stop))))
+        features = self.network.extract(torch.tensor(self.source.read(start, stop)))
         for values in (features.pooled, features.spatial, features.log_probabilities):
             if values is not None and not bool(values.isfinite().all()):
                 bad = int((~values.isfinite().all(1)).nonzero()[0])
@@ -92,33 +89,18 @@ class Extraction:
     def _span(self, chunk: int) -> tuple[int, int]:
         return chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, len(self.source))
 
+    @property
+    def folder(self) -> Path:
+        """Where the chunks are."""
+        name = f"{self.network.name}-{self.network.digest}-{self.source.fingerprint}-{self.chunk_size}"
+        return self.root / name
+
     def _path(self, chunk: int) -> Path:
         return self.folder / f"{chunk:06d}.npz"
 
-    def _agree_on_plan(self) -> None:
-        plan = {
-            "images": len(self.source), "source": str(self.source.path), "fingerprint": self.source.fingerprint,
-            "network": self.network.name, "network_digest": self.network.digest, "chunk_size": self.chunk_size,
-        }  # fmt: skip
-        path = self.folder / PLAN_FILE
-        check_writable(self.folder)
-        if not path.exists() and create_atomic(path, json.dumps(plan, indent=1) + "\n"):
-            return
-        try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError) as err:
-            raise UserError(f"{path} cannot be read ({err}); remove {self.folder} and begin anew") from None
-        differing = [key for key in plan if found.get(key) != plan[key]]
-        if differing:
-            key = differing[0]
-            raise UserError(
-                f"{self.folder} holds features of another evaluation: {key} was {found.get(key)}, now it is "
-                f"{plan[key]}; choose another --out, or remove that folder"
-            )
 
-
-def _joined(pieces: list[Features]) -> dict[str, np.ndarray]:
-    arrays = {
+def _joined(pieces: list[Features]) -> dict[str, Any]:
+    arrays: dict[str, Any] = {
         "pooled": torch.cat([p.pooled for p in pieces]).numpy(),
         "spatial": torch.cat([p.spatial for p in pieces]).numpy(),
     }

@@ -134,6 +134,7 @@ class NpzImages:
 
     def __init__(self, path: Path, fit: Fit) -> None:
         self.path, self._fit = path, fit
+        self._next = 0
         try:
             self._archive = zipfile.ZipFile(path)
             self._shape = self._open()
@@ -171,8 +172,8 @@ class NpzImages:
         """Go to the first image; gives the array's shape."""
         self._member: BinaryIO = self._archive.open("arr_0.npy")  # type: ignore[assignment]
         major, _ = np.lib.format.read_magic(self._member)
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(self._member)
+        header: Any = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(self._member)
         if dtype != np.uint8 or fortran:
             raise ValueError(f"arr_0 is {dtype}{' in Fortran order' if fortran else ''}, not uint8 in C order")
         if len(shape) == 3 or (len(shape) == 4 and shape[-1] == 1):

@@ -10,8 +10,8 @@ import numpy as np
 from hmar_mega.errors import UserError
 from hmar_mega.evaluation.distances import (
     NEIGHBOURS,
+    FrechetReference,
     bootstrap_weights,
-    frechet_distance,
     inception_score,
     kernel_distance,
     manifold_coverage,
@@ -89,9 +89,7 @@ def warnings_for(fake: Statistics, real: Statistics | None) -> list[str]:
         if given is None:
             continue
         if given.count is None:
-            told.append(
-                f"{what} do not say from how many images their statistics are".replace("reference do", "reference does")
-            )
+            told.append(f"{what}: from how many images its statistics are is not said")
             continue
         if given.count < ENOUGH:
             told.append(f"{what}: {given.count} are fewer than {ENOUGH}, so that FID and sFID are biased upwards")
@@ -104,22 +102,19 @@ def warnings_for(fake: Statistics, real: Statistics | None) -> list[str]:
 
 
 def _distances(chunks: Chunks, fake: Statistics, real: Statistics, replicates: int) -> list[Measure]:
-    kinds = [("FID", "pooled", real.mean, real.covariance, fake.mean, fake.covariance)]
-    if real.spatial_mean is not None and fake.spatial_mean is not None:
-        kinds.append(
-            ("sFID", "spatial", real.spatial_mean, real.spatial_covariance, fake.spatial_mean, fake.spatial_covariance)
-        )
+    kinds = [("FID", "pooled", (real.mean, real.covariance), (fake.mean, fake.covariance))]
+    spatial = real.spatial_mean, real.spatial_covariance, fake.spatial_mean, fake.spatial_covariance
+    if not any(part is None for part in spatial):
+        mean, covariance, own_mean, own_covariance = (np.asarray(part) for part in spatial)
+        kinds.append(("sFID", "spatial", (mean, covariance), (own_mean, own_covariance)))
     measures = []
     weights = bootstrap_weights(fake.count or 0, replicates)[1:]
-    for name, field, mean, covariance, own_mean, own_covariance in kinds:
-        if len(mean) != len(own_mean):
-            raise UserError(f"the reference has {len(mean)} {field} features, the network gives {len(own_mean)}")
-        value = frechet_distance(mean, covariance, own_mean, own_covariance)
-        drawn = [
-            frechet_distance(mean, covariance, moments.mean, moments.covariance)
-            for moments in _replicates(chunks, field, weights)
-        ]
-        measures.append(_measure(name, value, drawn, f"{fake.count} images"))
+    for name, field, theirs, ours in kinds:
+        if len(theirs[0]) != len(ours[0]):
+            raise UserError(f"the reference has {len(theirs[0])} {field} features, the network gives {len(ours[0])}")
+        reference = FrechetReference(*theirs)
+        drawn = [reference.distance(m.mean, m.covariance) for m in _replicates(chunks, field, weights)]
+        measures.append(_measure(name, reference.distance(*ours), drawn, f"{fake.count} images"))
     if len(kinds) == 1:
         measures.append(Measure("sFID", None, note="the reference has no spatial statistics"))
     return measures

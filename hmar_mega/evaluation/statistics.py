@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def gather(chunks: Iterable[dict[str, np.ndarray]], count: int) -> Statistics:
 
 def save_statistics(path: Path, statistics: Statistics, network: FeatureNetwork) -> None:
     """Write a file that is whole or absent."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "mu": statistics.mean, "sigma": statistics.covariance, "mu_s": statistics.spatial_mean,
         "sigma_s": statistics.spatial_covariance, "features": statistics.features,
         "count": np.asarray(statistics.count), "network": np.asarray(network.name),

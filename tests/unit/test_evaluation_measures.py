@@ -10,8 +10,8 @@ import scipy.linalg
 import torch
 
 from hmar_mega.evaluation.distances import (
+    FrechetReference,
     bootstrap_weights,
-    frechet_distance,
     inception_score,
     kernel_distance,
     manifold_coverage,
@@ -32,6 +32,10 @@ def features(count: int, seed: int, shift: float = 0.0, dims: int = DIMS) -> np.
 
 
 FAKE, REAL = features(300, 0, 0.4), features(280, 1)
+
+
+def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
+    return FrechetReference(mean_1, cov_1).distance(mean_2, cov_2)
 
 
 def moments_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +121,7 @@ def test_intervals_cover_what_other_draws_give():
 
 
 def test_same_convolution_pads_as_tensorflow_does():
-    """An even side with stride 2 and kernel 3 takes its one pixel at the end: the sums of 3 at 0, 2, 4 and of 2 at 6."""
+    """An even side with stride 2 and kernel 3 takes its one pixel at the end: sums of 3 at 0, 2, 4 and of 2 at 6."""
     conv = SameConv2d(1, 1, 3, 2, bias=False)
     torch.nn.init.ones_(conv.weight)
     row = torch.arange(1.0, 9.0).expand(1, 1, 8, 8)
