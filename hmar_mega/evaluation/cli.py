@@ -21,8 +21,8 @@ def add_evaluate_parser(commands: Any) -> None:
         "command started again goes on where it was, and the processes of torchrun share it.",
         "  hmar-mega evaluate samples --reference real_images --out evaluation\n"
         "  hmar-mega evaluate models/d16 --num 10000 --reference shards/val --validation tokens/val --out evaluation\n"
-        "  torchrun --nproc-per-node 8 -m hmar_mega evaluate models/d16 --preset eval/d16-256 --network inception \\\n"
-        "    --weights inception.pth --reference VIRTUAL_imagenet256_labeled.npz --out evaluation",
+        "  torchrun --nproc-per-node 8 -m hmar_mega evaluate models/d16 --preset eval/d16-256 --network inception "
+        "--weights inception.pth --reference adm.npz --out evaluation",
     )
     parser.add_argument(
         "model", type=Path, metavar="MODEL|SAMPLES",
