@@ -14,6 +14,7 @@ from hmar_mega.checkpoint.cli import add_checkpoint_parser
 from hmar_mega.checkpoint.convert_cli import add_convert_parser
 from hmar_mega.data.cli import add_data_parser
 from hmar_mega.errors import UserError
+from hmar_mega.evaluation.cli import add_evaluate_parser
 from hmar_mega.inference.cli import add_inference_parsers
 from hmar_mega.interrupts import Interrupts
 from hmar_mega.launchers.cli import add_launcher_parsers
@@ -86,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     add_convert_parser(commands)
     add_inference_parsers(commands)
+    add_evaluate_parser(commands)
     _add_doctor(commands)
     return parser
 

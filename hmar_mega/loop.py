@@ -257,7 +257,7 @@ def _evaluate(run: Run) -> None:
     if run.validation is not None:
         padded = run.engine.zero_stage == 3
         losses = validation_losses(
-            run.objective, model, run.validation(), run.dims, run.validation_rounds, padded, check
+            run.objective, model, run.validation(), run.dims.device, run.validation_rounds, padded, check
         )
     if run.sampler is not None:
         # under ZeRO-3 every rank holds a part of each weight, so all of them sample
@@ -298,7 +298,7 @@ def validation_losses(
     objective: Objective,
     model: torch.nn.Module,
     batches: Iterable[TokenBatch],
-    dims: ParallelDims,
+    device: torch.device,
     rounds: int,
     padded: bool,
     after_batch: Callable[[], None],
@@ -308,12 +308,13 @@ def validation_losses(
     In stage 2 the tokens are those that the mask leaves to predict; a scale without any counts nothing.
 
     Args:
+        device: of the sums, which all processes add up.
         rounds: batches of the rank that has most of them.
         padded: whether all ranks make equally many forwards, as ZeRO-3 needs, which gathers weights in each: what is
             missing is made with the last batch and not counted.
         after_batch: called equally often on every rank; what it raises ends the validation.
     """
-    sums = torch.zeros(3, objective.schedule.num_scales, dtype=torch.float64, device=dims.device)
+    sums = torch.zeros(3, objective.schedule.num_scales, dtype=torch.float64, device=device)
     own = iter(batches)
     for _ in range(rounds):
         following = next(own, None)

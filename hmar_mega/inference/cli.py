@@ -30,7 +30,8 @@ def _add_sample(commands: Any) -> None:
         "  hmar-mega sample runs/d16-masked --ema --classes tench --gif tench.gif --out grid.png\n"
         "  torchrun --nproc-per-node 8 -m hmar_mega sample models/d16 --num-images 50000 --out samples",
     )
-    _add_model(parser)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="exported model, or run directory")
+    add_model_options(parser)
     which = parser.add_argument_group("which images")
     which.add_argument("--classes", help="comma-separated numbers or names; in a grid, a row each (with --num: all)")
     which.add_argument("--count", type=int, help="images a class, columns of the grid (default: 4)")
@@ -50,7 +51,10 @@ def _add_sample(commands: Any) -> None:
     out.add_argument("--chunk-size", type=int, help="images written at once into a folder (default: 500)")
     out.add_argument("--batch-size", type=int, help="images sampled at once (default: 50 into a folder, 64 of a grid)")
     out.add_argument("--part", metavar="I/N", help="share of the chunks to make, 1/N … N/N (default: torchrun's rank)")
-    _add_sampling(parser)
+    add_sampling(parser)
+    parser.add_argument(
+        "--preset", metavar="NAME", help="sampling settings of a configuration: eval/d16-256 … are the paper's"
+    )
     parser.set_defaults(run=_run_sample)
 
 
@@ -66,7 +70,8 @@ def _add_edit(commands: Any) -> None:
         "  hmar-mega edit models/d16 photo.png --box 64,64,192,192 --class 207 --feather 8 --out edited.png\n"
         "  hmar-mega edit models/d16 photo.png --outpaint right:96 --class 207 --count 4 --out wider.png",
     )
-    _add_model(parser)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="exported model, or run directory")
+    add_model_options(parser)
     parser.add_argument("image", type=Path, metavar="IMAGE", help="image file, resized and cut to the model's size")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--mask", type=Path, help="image of the same size: white is generated, black is kept")
@@ -83,19 +88,20 @@ def _add_edit(commands: Any) -> None:
     parser.add_argument("--feather", type=int, default=0, metavar="PX", help="fade into the kept region over PX pixels")
     parser.add_argument("--no-paste", action="store_true", help="show the decoder's pixels in the kept region too")
     parser.add_argument("--fit", choices=("crop", "exact"), default="crop", help="exact: refuse other sizes")
-    _add_sampling(parser)
+    add_sampling(parser)
     parser.set_defaults(run=_run_edit)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL", help="exported model, or run directory")
+def add_model_options(parser: Any) -> None:
+    """How a model is opened, for a parser or a group of options."""
     parser.add_argument("--ema", action="store_true", help="of a run: the moving average of the weights")
     parser.add_argument("--checkpoint", default="latest", help="of a run: latest (default), best, or a name")
     parser.add_argument("--tokenizer", type=Path, help="of a run: folder of its tokenizer, if it has moved")
     parser.add_argument("--class-names", type=Path, metavar="FILE", help="a name a line, or JSON (default: its own)")
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How images are drawn, on what device."""
     group = parser.add_argument_group("how to sample")
     group.add_argument(
         "--cfg", help="guidance: one number, reached at the last scale, or one for every scale (default: its own)"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hmar_mega.checkpoint.export import DTYPES
+from hmar_mega.config_io import load_config
 from hmar_mega.data.images import image_grid
 from hmar_mega.errors import UserError, refuse_options
 from hmar_mega.inference.canvas import (
@@ -44,7 +45,9 @@ def sample(args: argparse.Namespace) -> None:
     into_folder = args.num is not None or (args.csv is not None and args.out.suffix.lower() != ".png")
     _check_sample(args, into_folder)
     part, parts = _share(args.part) if into_folder else (0, 1)
-    model, names, settings = _open(args)
+    if args.preset is not None:
+        use_preset(args)
+    model, names, settings = open_from(args)
     if into_folder:
         if args.csv is not None:
             request = Request(*(np.asarray(column, dtype=np.int64) for column in _requests(args, model, names)))
@@ -117,7 +120,22 @@ def _share(text: str | None) -> tuple[int, int]:
     return int(number) - 1, int(count)
 
 
-def _open(args: argparse.Namespace) -> tuple[ImageModel, ClassNames, SampleSettings]:
+def use_preset(args: argparse.Namespace) -> None:
+    """Fill the sampling options that were not given from the `eval` section of the configuration `args.preset`.
+
+    The mask schedule and mask_cfg stay the model's own.
+
+    Raises:
+        UserError: when there is no such configuration.
+    """
+    chosen = load_config(args.preset).eval
+    if args.cfg is None:
+        args.cfg = str(chosen.cfg_scale)
+    args.top_k = chosen.top_k if args.top_k is None else args.top_k
+    args.top_p = chosen.top_p if args.top_p is None else args.top_p
+
+
+def open_from(args: argparse.Namespace) -> tuple[ImageModel, ClassNames, SampleSettings]:
     """The model, its class names and how to sample, checked."""
     device = args.device
     if device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
@@ -174,7 +192,7 @@ def edit_file(args: argparse.Namespace) -> None:
     if args.outpaint and args.fit == "exact":
         raise UserError("--fit exact goes with --mask and --box: outpainting always moves the picture")
     check_feather(not args.no_paste, args.feather)
-    model, names, settings = _open(args)
+    model, names, settings = open_from(args)
     canvas = _canvas(args, model)
     label, seeds = names.number(args.label), image_seeds(args.seed or 0, args.count)
     images, psnr, error = [], [], []
