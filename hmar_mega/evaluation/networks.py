@@ -102,6 +102,7 @@ def _efficientnet(device: torch.device) -> FeatureNetwork:
     network.load_state_dict(_read_weights(path))
     network.to(device)
 
+    @torch.inference_mode()
     def extract(images: Tensor) -> Features:
         x = images.to(device).permute(0, 3, 1, 2).float()
         x = F.interpolate(x, (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True)

@@ -20,7 +20,7 @@ from hmar_mega.tokenizer.adversary import (
 )
 from hmar_mega.tokenizer.losses import psnr, reconstruction_loss, uneven_choice
 from hmar_mega.tokenizer.perceptual import (
-    EfficientNetLite0,
+    EfficientNetFeatures,
     PerceptualDistance,
     VGG16Features,
     build_perceptual,
@@ -144,7 +144,7 @@ def test_the_tokenizers_loss_moves_the_reconstruction_and_not_the_discriminator(
     assert all(p.grad is None and p.requires_grad for p in judge.model.parameters())
 
 
-@pytest.mark.parametrize("network", [EfficientNetLite0, VGG16Features])
+@pytest.mark.parametrize("network", [EfficientNetFeatures, VGG16Features])
 def test_the_distance_is_none_to_itself_and_grows_with_noise(network):
     torch.manual_seed(0)
     distance = PerceptualDistance(network())
