@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hmar_mega.config_io import parse_config
-from hmar_mega.data.reader import ShardReader, check_fingerprint, eval_batches
+from hmar_mega.data.reader import ShardReader, check_fingerprint
+from hmar_mega.data.stream import eval_batches
 from hmar_mega.errors import UserError
 from hmar_mega.inference.pipeline import ImageModel
 from hmar_mega.objective import Objective

@@ -45,7 +45,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_planned_bytes_are_those_of_the_engine_after_a_step(tmp_path: Path, uneven_inputs: Inputs, case: str) -> None:
     world, settings = CASES[case]
-    config = with_tokenizer(tiny_config(uneven_inputs, tmp_path, *settings))
+    config = with_tokenizer(tiny_config(uneven_inputs, tmp_path, *settings, "optim.impl=torch"))
     work, layout = Workload.of(config), Layout.of(config, world)
     for measured in run_ranks(world, held_after_a_step, config):
         planned = memory_of(work, layout, measured["pp_rank"])

@@ -236,7 +236,7 @@ def test_shards_in_use_are_not_dropped_and_the_rest_is_read_where_it_is(folders,
     for _ in range(3):
         assert read_all(reader) == list(range(SIZES[0]))
         assert len(copies(cache, 2)) == 2
-    assert "full of shards in use" in caplog.text
+    wait_for(lambda: "full of shards in use" in caplog.text)
     assert cache.copied == 2
 
 

@@ -18,7 +18,8 @@ from PIL import Image
 from hmar_mega.cli import main, parse
 from hmar_mega.config_io import load_config
 from hmar_mega.data.index import TokenFormat
-from hmar_mega.data.reader import ShardReader, eval_batches, npy_bytes
+from hmar_mega.data.reader import ShardReader, npy_bytes
+from hmar_mega.data.stream import eval_batches
 from hmar_mega.data.writer import open_shards
 from hmar_mega.evaluation import extraction, networks
 from hmar_mega.evaluation.images import Fit, open_images

@@ -158,8 +158,11 @@ def test_measured_steps_of_the_benchmark_are_read(tmp_path: Path) -> None:
         )
     )
     (step,) = read_steps(path)
-    assert (step.images_per_s, step.cluster, step.overrides) == (99.0, "h100", ("data.global_batch_size=8",))
+    assert (step.images_per_s, step.cluster) == (99.0, "h100")
+    assert step.overrides == ("data.global_batch_size=8", "optim.impl=torch")  # there was no other when it was written
     assert calibration((step,)) > 0
+    path.write_text(json.dumps({"rows": [{**row, "overrides": ["optim.impl=triton"]}]}))
+    assert read_steps(path)[0].overrides == ("optim.impl=triton",)
 
 
 def test_scaling_goes_from_one_gpu_up_and_loses_nothing_on_the_way() -> None:
