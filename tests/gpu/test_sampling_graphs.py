@@ -92,9 +92,12 @@ def test_nothing_waits_for_the_device_while_a_graph_is_replayed() -> None:
     config = tiny_config()
     sampler = ImageSampler(tiny_hmar(config).cuda().eval(), ImageDecoder(tiny_tokenizer(config).cuda()))
     labels, settings = torch.tensor([0, 3], device="cuda"), SampleSettings(1.5, 0, 0.9, PASSES)
-    sampler(labels, labels, settings)
+    tokens, images = sampler(labels, labels, settings)
+    assert sampler.why_not(len(labels), settings) is None, "nothing was captured"
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sampler(labels, labels, settings)
+        again, same = sampler(labels, labels, settings)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, tokens)
+    assert torch.equal(same, images)
