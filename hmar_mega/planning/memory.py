@@ -5,7 +5,7 @@ Let P be a rank's trained parameters (with the padding of each optimizer group t
 | | weights | gradients | optimizer |
 |---|---|---|---|
 | bf16, ZeRO 1 | 2P | 4P: float32 accumulation, whole on every rank | 12P/d: float32 masters and two moments |
-| the same, one process, one micro-batch, AdamW in one pass | 2P | 2P: nothing to accumulate | 12P |
+| the same, d = 1, no pipeline, one micro-batch, AdamW in one pass | 2P | 2P: nothing to accumulate | 12P |
 | fp32, ZeRO 1 | 4P | 4P | 12P/d |
 | fp16, ZeRO 1 | 2P | 2P | 12P/d |
 | ZeRO 2 | as above | a d-th part | 12P/d |
@@ -192,7 +192,7 @@ def _gradient_bytes(work: Workload, layout: Layout, state: State) -> float:
 
 
 def updates_from_gradients(work: Workload, layout: Layout) -> bool:
-    """Whether nothing is accumulated: one process alone, with one micro-batch a step, and AdamW in one pass."""
+    """Whether nothing is accumulated: no data or pipeline ranks, one micro-batch a step, and AdamW in one pass."""
     alone = layout.data == layout.pipeline == layout.accumulation == 1
     return work.single_pass and layout.zero == 1 and alone
 
