@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hmar_mega.checkpoint.canonical import read_beside
-from hmar_mega.checkpoint.sources import EMA, LATEST, CheckpointReader, find_checkpoint
+from hmar_mega.checkpoint.resume import found_in
+from hmar_mega.checkpoint.sources import EMA, CheckpointReader
 from hmar_mega.config import Config
 from hmar_mega.config_tokenizer import TokenizerConfig
 from hmar_mega.errors import UserError
@@ -26,14 +27,9 @@ def resumable_tokenizer(config: Config, folder: Path) -> CheckpointReader | None
     Raises:
         UserError: when the folder holds something else: a transformer's run, another architecture, seed or batch size.
     """
-    checkpoint = find_checkpoint(folder, config.run.resume_from or LATEST)
-    if checkpoint is None:
-        if config.run.resume_from is not None:
-            raise UserError(f"run.resume_from={config.run.resume_from}: {folder} has no such complete checkpoint")
+    reader = found_in(config, folder, "--out")
+    if reader is None:
         return None
-    if not config.run.resume:
-        raise UserError(f"{folder} already has checkpoints and run.resume=false; choose another folder")
-    reader = CheckpointReader(checkpoint)
     if reader.state.get("kind") != KIND:
         raise UserError(f"{folder} holds the run of a transformer, not of a tokenizer; choose another folder")
     stored: dict[str, Any] = reader.state["config"]

@@ -28,21 +28,15 @@ def resumable(config: Config, folder: Path, fingerprint: str) -> CheckpointReade
         UserError: when the run directory holds another run: another stage, tokenizer, seed or batch size, on which
             the order and the draws of the data depend.
     """
-    checkpoint = find_checkpoint(folder, config.run.resume_from or LATEST)
-    if checkpoint is None:
-        if config.run.resume_from is not None:
-            raise UserError(f"run.resume_from={config.run.resume_from}: {folder} has no such complete checkpoint")
+    reader = found_in(config, folder, "run.dir")
+    if reader is None:
         return None
-    if not config.run.resume:
-        raise UserError(f"run.dir={folder} already has checkpoints and run.resume=false; choose another run.dir")
-    try:
-        reader = CheckpointReader(checkpoint)
-    except UserError as err:
-        raise UserError(f"{err}{_offer(earlier_whole(checkpoint))}") from None
+    if reader.state.get("kind") is not None:
+        raise UserError(f"run.dir={folder} holds the run of a {reader.state['kind']}; choose another run.dir")
     if reader.state.get("weights_only"):
         raise UserError(
-            f"{checkpoint} holds weights alone, with which a run cannot go on; start a new one from them: another "
-            f"run.dir with run.init_from={checkpoint}"
+            f"{reader.folder} holds weights alone, with which a run cannot go on; start a new one from them: another "
+            f"run.dir with run.init_from={reader.folder}"
         )
     _check_tokenizer(reader.tokenizer_fingerprint, fingerprint, folder)
     stored = reader.state["config"]
@@ -61,6 +55,28 @@ def resumable(config: Config, folder: Path, fingerprint: str) -> CheckpointReade
         _check_same(section, key, stored[section].get(key), now[section][key], folder)
     _check_order(stored["data"], now["data"], folder)
     return reader
+
+
+def found_in(config: Config, folder: Path, option: str) -> CheckpointReader | None:
+    """The checkpoint that `run.resume_from` names, or the last one; None when there is none yet.
+
+    Args:
+        option: by which the folder was given, for messages.
+
+    Raises:
+        UserError: when there is not the one asked for, one though `run.resume` is false, or one that cannot be read.
+    """
+    checkpoint = find_checkpoint(folder, config.run.resume_from or LATEST)
+    if checkpoint is None:
+        if config.run.resume_from is not None:
+            raise UserError(f"run.resume_from={config.run.resume_from}: {folder} has no such complete checkpoint")
+        return None
+    if not config.run.resume:
+        raise UserError(f"{option}={folder} already has checkpoints and run.resume=false; choose another {option}")
+    try:
+        return CheckpointReader(checkpoint)
+    except UserError as err:
+        raise UserError(f"{err}{_offer(earlier_whole(checkpoint))}") from None
 
 
 def _check_order(stored: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

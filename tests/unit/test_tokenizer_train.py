@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hmar_mega.checkpoint.resume import resumable
 from hmar_mega.cli import main
 from hmar_mega.config import Config, TokenizerTrainConfig
 from hmar_mega.config_io import parse_config
@@ -313,6 +314,20 @@ def test_a_run_does_not_go_on_as_another(trained, shards, key: str):
         node[last] = value
     with pytest.raises(UserError, match=f"was started with {key}=.*another run.*--overwrite"):
         train_tokenizer(parse_config(tree), trained[0])
+
+
+def test_a_transformer_does_not_go_on_from_a_tokenizer(trained, shards):
+    with pytest.raises(UserError, match=f"run.dir={trained[0]} holds the run of a tokenizer; choose another run.dir"):
+        resumable(config(shards), trained[0], "0" * 64)
+
+
+def test_a_damaged_checkpoint_names_the_one_before(trained, shards, tmp_path: Path):
+    out = tmp_path / "copy"
+    shutil.copytree(trained[0], out)
+    last = out / "checkpoints" / "step-00000060"
+    (last / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state\.json.*(go on from it with run\.resume_from|no earlier checkpoint)"):
+        train_tokenizer(config(shards), out)
 
 
 def test_overwriting_starts_anew_and_strange_folders_are_left_alone(trained, shards, tmp_path: Path):
