@@ -115,7 +115,8 @@ class ShardCache:
     def _copy(self, source: Path, shard: ShardEntry) -> None:
         """Copy one shard unless another process does or there is no room; OSError where the disks refuse."""
         with self._locked():
-            if self._path(shard).exists() or any(self.folder.glob(f".{shard.sha256}.*")):
+            # partial copies first: one that is finished between the two looks is then seen as a copy
+            if any(self.folder.glob(f".{shard.sha256}.*")) or self._path(shard).exists():
                 return
             if not self._make_room(shard.bytes):
                 self._tell(
