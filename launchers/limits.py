@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def check(job: Job, dry_run: bool) -> None:
     check_job(job, ask_slurm())
     if not dry_run:
         require_sbatch()
-        check_shared(job.folder, job.cluster.launch.shared_folder, job.nodes)
+        check_shared(job.folder, job.cluster.launch.shared_folder, job.nodes, other_nodes())
 
 
 def require_sbatch() -> None:
@@ -140,8 +142,22 @@ def _gpu_count(item: str) -> int:
     return int(number) if number.isdecimal() else 1
 
 
-def check_shared(folder: Path, shared_folder: str | None, nodes: int) -> None:
+def other_nodes() -> list[str]:
+    """Host names of SLURM's nodes but this machine, by `sinfo`; empty where it does not answer."""
+    try:
+        done = subprocess.run(["sinfo", "-h", "-N", "-o", "%n"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    here = socket.gethostname()
+    return sorted({name for name in done.stdout.split() if name.split(".")[0] != here.split(".")[0]})
+
+
+def check_shared(folder: Path, shared_folder: str | None, nodes: int, others: Sequence[str] = ()) -> None:
     """Refuse a folder of a run, or of a sweep, that only this machine sees, as well as can be told from here.
+
+    Args:
+        nodes: at work at the same time.
+        others: nodes besides this machine where a job may start, or go on after it was requeued.
 
     Raises:
         UserError: naming the folder, and where to put it.
@@ -155,11 +171,11 @@ def check_shared(folder: Path, shared_folder: str | None, nodes: int) -> None:
             )
         return
     kind = file_system(folder)
-    if nodes > 1 and kind in LOCAL_FILE_SYSTEMS:
+    if (nodes > 1 or others) and kind in LOCAL_FILE_SYSTEMS:
+        where = f"up to {nodes} nodes write there" if nodes > 1 else f"the job may run on another ({others[0]}, say)"
         raise UserError(
-            f"{folder} lies on {kind}, a file system of this machine, and up to {nodes} nodes write there; choose a "
-            "folder that all nodes share (run.dir; dir of a sweep), or name the shared one as launch.shared_folder in "
-            "the cluster file"
+            f"{folder} lies on {kind}, a file system of this machine, and {where}; choose a folder that all nodes "
+            "share (run.dir; dir of a sweep), or name the shared one as launch.shared_folder in the cluster file"
         )
 
 

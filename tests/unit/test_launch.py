@@ -173,9 +173,23 @@ def test_a_run_directory_that_nodes_do_not_share_is_refused(monkeypatch: pytest.
     monkeypatch.setattr(limits, "file_system", lambda path: "ext4")
     with pytest.raises(UserError, match="lies on ext4, a file system of this machine, and up to 2 nodes write there"):
         check_shared(tmp_path, None, 2)
+    with pytest.raises(UserError, match=r"lies on ext4, .* the job may run on another \(gpu-07, say\)"):
+        check_shared(tmp_path, None, 1, ["gpu-07", "gpu-08"])
     check_shared(tmp_path, None, 1)
     monkeypatch.setattr(limits, "file_system", lambda path: "lustre")
-    check_shared(tmp_path, None, 2)
+    check_shared(tmp_path, None, 2, ["gpu-07"])
+
+
+def test_nodes_other_than_this_machine_are_those_that_slurm_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert limits.other_nodes() == []  # no sinfo
+    sinfo = tmp_path / "sinfo"
+    sinfo.write_text("#!/bin/sh\necho gpu-07\necho login\necho gpu-07\n")
+    sinfo.chmod(0o755)
+    monkeypatch.setattr(limits.socket, "gethostname", lambda: "login.cluster.org")
+    assert limits.other_nodes() == ["gpu-07"]
 
 
 def cluster_file(folder: Path, **launch: object) -> str:
