@@ -17,7 +17,7 @@ from hmar_mega.model.stage import split_layers
 from hmar_mega.planning.activations import graphed
 from hmar_mega.planning.cluster import Cluster
 from hmar_mega.planning.layout import Layout
-from hmar_mega.planning.memory import stage_state, updates_from_gradients
+from hmar_mega.planning.memory import REUSE_ELEMENTS, stage_state, updates_from_gradients
 from hmar_mega.planning.rates import FP8_LINEAR_TIME, FUSED_REACH, attention_seconds, own_attention_seconds
 from hmar_mega.planning.tensors import rank_parameters, rank_runs
 from hmar_mega.planning.workload import Workload
@@ -318,16 +318,18 @@ def _hops(work: Workload, layout: Layout, cluster: Cluster) -> tuple[float, floa
     if layout.pipeline == 1:
         return 0.0, 0.0
     rows = -(-work.tokens // layout.sequence_parts) + (7 if work.shared_aln else 1)
-    size = 2.0 * layout.virtual * rows * layout.micro_batch * work.width * work.element
+    one = rows * layout.micro_batch * work.width * work.element
+    hops = 2 * layout.virtual  # of a stage between others; of two, each sends on or back once less
     over = link(cluster, 2, layout.data * layout.tensor)
-    return over.seconds(size, 2 * layout.virtual), size
+    return over.seconds(float(hops * one), hops), float((hops - (layout.pipeline == 2)) * one)
 
 
 def _data(work: Workload, layout: Layout, cluster: Cluster, busy: float) -> tuple[float, float]:
     """(exposed seconds, bytes sent) of a step's data-parallel communication, in the compute format.
 
     ZeRO 1 reduces once a step and ZeRO 2 after every micro-batch, both by all-reduce and without overlap, then weights
-    are gathered; ZeRO 3 gathers weights for every forward and backward pass and scatters gradients beside the compute.
+    are gathered; ZeRO 3 gathers weights for every forward pass, and once more for the backward pass those that
+    DeepSpeed let go meanwhile (small tensors, once a step), and scatters gradients beside the compute.
     """
     d, m = layout.data, layout.accumulation
     if d == 1:
@@ -339,7 +341,9 @@ def _data(work: Workload, layout: Layout, cluster: Cluster, busy: float) -> tupl
         rounds = 1 if layout.zero == 1 else m
         sent = ring_bytes(e * state.trained, d) * (2 * rounds + 1)
         return over.seconds(sent, 2 * rounds + 1), sent
-    sent = m * ring_bytes(e * (2 * state.total + state.trained), d)
+    # a layer is kept if its backward pass comes within so many elements, and they lie before it and behind it
+    again = max(0, state.total - REUSE_ELEMENTS // 2)
+    sent = ring_bytes(e * (m * (state.total - state.persistent + again + state.trained) + state.persistent), d)
     # one gather a layer and direction, one scatter a layer
     return max(0.0, over.seconds(sent, 3.0 * m * work.depth) - ZERO3_OVERLAP * busy), sent
 
