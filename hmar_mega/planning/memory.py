@@ -41,7 +41,7 @@ PERSISTENT_ELEMENTS = 100_000
 #: ZeRO 3: gathered parameters that may be alive at once (`stage3_max_live_parameters`, its default).
 LIVE_ELEMENTS = 1_000_000_000
 
-#: ZeRO 3: gathered parameters that are used again within so many others stay (`stage3_max_reuse_distance`, its default).
+#: ZeRO 3: gathered parameters used again within so many others stay (`stage3_max_reuse_distance`, its default).
 REUSE_ELEMENTS = 1_000_000_000
 
 

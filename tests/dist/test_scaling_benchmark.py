@@ -21,7 +21,8 @@ def test_two_ranks_are_measured_once_and_a_case_that_fails_again(tmp_path: Path,
     scaling.main(arguments)
     (file,) = (file for file in (tmp_path / "cases").glob("*.json") if "model.depth" not in file.name)
     row = json.loads(file.read_text())
-    assert row["planned_sent"] <= row["sent_bytes"] < 1.2 * row["planned_sent"]
+    # 21 tokens: conditions and tables, which the plan leaves out, count for more than in test_communication.py
+    assert row["planned_sent"] <= row["sent_bytes"] < 1.3 * row["planned_sent"]
     assert row["images_per_s"] == pytest.approx(4e3 / row["step_ms"])
     scaling.main(arguments)
     assert f"{row['name']}: measured already" in capsys.readouterr().out
