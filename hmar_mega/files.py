@@ -17,6 +17,9 @@ from hmar_mega.errors import UserError
 #: What the system says of a place that takes no more, as opposed to a mistake of ours.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
+#: What file systems without locks answer.
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
 #: What it says where a file can have one name only.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import logging
@@ -16,16 +15,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hmar_mega.errors import UserError
-from hmar_mega.files import cannot_write
+from hmar_mega.files import NO_LOCKS, cannot_write
 from hmar_mega.parallel.dims import ParallelDims
 
 log = logging.getLogger(__name__)
 
 #: Of a run directory, while a run works in it.
 LOCK_FILE = ".lock"
-
-#: What file systems without locks answer.
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextlib.contextmanager

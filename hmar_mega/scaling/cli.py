@@ -121,12 +121,15 @@ def _positive(text: str) -> int:
     return number
 
 
-def _planned(path: Path) -> tuple[SweepSpec, Config, list[PlannedCell]]:
+def _planned(path: Path, cluster: str | None = None) -> tuple[SweepSpec, Config, list[PlannedCell]]:
+    """Of a sweep's file, planned for its own cluster or for another."""
     from hmar_mega.scaling.cells import expand
     from hmar_mega.scaling.plan import plan_cells
     from hmar_mega.scaling.spec import load_sweep
 
     spec, base = load_sweep(path)
+    if cluster is not None:
+        spec = spec.model_copy(update={"cluster": cluster})
     return spec, base, plan_cells(spec, expand(spec, base))
 
 
@@ -172,7 +175,7 @@ def _run_submit(args: argparse.Namespace) -> int:
         refuse_options("they are SLURM's, and --slurm N is not given", **{name: getattr(args, name) for name in names})
     else:
         refuse_options("it is for --local; with --slurm there is --time", minutes=args.minutes)
-    spec, base, planned = _planned(args.sweep)
+    spec, base, planned = _planned(args.sweep, args.cluster)
     folder, attempts = Path(spec.dir).absolute(), args.max_attempts or spec.max_attempts
     _require_contents(base, planned)
     if args.dry_run:
@@ -203,7 +206,7 @@ def _submit_array(args: argparse.Namespace, spec: SweepSpec, folder: Path, wante
     from hmar_mega.scaling import array
     from hmar_mega.scaling.plan import cell_cluster
 
-    cluster = cell_cluster(args.cluster or spec.cluster, spec.processes)
+    cluster = cell_cluster(spec.cluster, spec.processes)
     job = array.array_job(
         folder, cluster, spec.name, args.time or cluster.launch.time, args.partition or cluster.launch.partition,
         args.max_restarts or MAX_RESTARTS, len(wanted), args.slurm, args.dependency, args.option or (),

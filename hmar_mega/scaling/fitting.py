@@ -151,7 +151,8 @@ def _law(points: Sequence[Point], quantity: str, variable: str, irreducible: boo
 def predict_largest(folder: Path, points: Sequence[Point], seed: int, notes: list[str]) -> list[Prediction]:
     """Predict the largest size of the sweep from the smaller ones on the same images.
 
-    The first prediction that is made while the largest is not measured is kept in PREDICTION_FILE and compared later.
+    What is predicted while the largest is not measured is kept in PREDICTION_FILE, made anew when more cells are in, and
+    compared once the largest is measured.
     """
     entries = read_sweep(folder)
     sized = results.at_most_data(points) if points else []
@@ -162,8 +163,8 @@ def predict_largest(folder: Path, points: Sequence[Point], seed: int, notes: lis
     largest = max(sizes, default=0)
     smaller = [point for point in sized if point.non_embedding < largest]
     measured = [point for point in sized if point.non_embedding == largest]
-    kept = _kept_prediction(folder, largest, images)
-    if kept:
+    others, kept = _kept_predictions(folder, largest, images)
+    if kept and (measured or {point.cell for point in smaller} <= set(kept[0].from_cells)):
         return [_compare(prediction, measured) for prediction in kept]
     made = []
     now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -179,18 +180,20 @@ def predict_largest(folder: Path, points: Sequence[Point], seed: int, notes: lis
     if not made:
         notes.append("no prediction of the largest model: it needs at least 3 smaller sizes on the same images")
     elif not measured:
-        write_atomic(folder / PREDICTION_FILE, json.dumps([asdict(p) for p in made], indent=1))
+        write_atomic(folder / PREDICTION_FILE, json.dumps([asdict(p) for p in [*others, *made]], indent=1))
         log.info("predicted the largest model before it is measured: %s", folder / PREDICTION_FILE)
     return [_compare(prediction, measured) for prediction in made]
 
 
-def _kept_prediction(folder: Path, largest: int, images: int) -> list[Prediction]:
+def _kept_predictions(folder: Path, largest: int, images: int) -> tuple[list[Prediction], list[Prediction]]:
+    """Those of other sizes and amounts of data, and those of this one."""
     path = folder / PREDICTION_FILE
     if not path.exists():
-        return []
+        return [], []
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     found = [Prediction(**{**row, "from_cells": tuple(row["from_cells"])}) for row in rows]
-    return [p for p in found if (p.size, p.images) == (largest, images)]
+    mine = [p for p in found if (p.size, p.images) == (largest, images)]
+    return [p for p in found if p not in mine], mine
 
 
 def _compare(prediction: Prediction, measured: Sequence[Point]) -> Prediction:

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -25,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from hmar_mega.errors import UserError
-from hmar_mega.files import write_atomic
+from hmar_mega.files import NO_LOCKS, write_atomic
 from hmar_mega.launchers.prepare import CELL_RUN
 from hmar_mega.metrics import read_metrics
+
+log = logging.getLogger(__name__)
 
 CELL_FILE, ATTEMPTS_FILE, LOCK_FILE = "cell.json", "attempts.jsonl", ".attempt.lock"
 
@@ -145,19 +148,27 @@ def attempt_lock(path: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as err:
-                if err.errno not in (errno.EAGAIN, errno.EACCES) or trial == 9:
+                if err.errno in NO_LOCKS:
+                    log.warning("%s is on a file system without locks: a second attempt would not be noticed", path)
+                    break
+                if err.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                if trial == 9:
                     raise UserError(f"cell {path.name} is being trained by another process; wait for it") from None
                 time.sleep(0.1)
         yield
 
 
 def is_running(path: Path) -> bool:
-    """Whether an attempt of a cell holds its lock."""
+    """Whether an attempt of a cell holds its lock; never where the file system has no locks."""
     if not (path / LOCK_FILE).exists():
         return False
-    with (path / LOCK_FILE).open("a") as file:
+    with (path / LOCK_FILE).open("a+") as file:  # NFS gives a shared lock only on what can be read
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+        except OSError as err:
+            if err.errno in (errno.EAGAIN, errno.EACCES):
+                return True
+            if err.errno not in NO_LOCKS:
+                raise
     return False

@@ -22,6 +22,7 @@ from hmar_mega.files import write_atomic
 from hmar_mega.launchers.events import read_events
 from hmar_mega.metrics import read_metrics
 from hmar_mega.scaling import record
+from hmar_mega.scaling.array import queued_cells
 from hmar_mega.scaling.contents import CONTENTS
 from hmar_mega.scaling.plan import PlannedCell, plan_json
 from hmar_mega.scaling.spec import SweepSpec
@@ -66,7 +67,7 @@ def write_sweep(
         The entries of `planned`, and the names of those that are new.
 
     Raises:
-        UserError: when a finished or running cell comes back changed; nothing is written then.
+        UserError: when a finished, running or queued cell comes back changed; nothing is written then.
     """
     entries = entries_of(folder, planned, accept_changed_data)
     known = {entry["cell"]: entry for entry in read_sweep(folder)} if (folder / SWEEP_FILE).exists() else {}
@@ -78,7 +79,7 @@ def write_sweep(
     names = {entry["cell"] for entry in entries}
     kept = {n: entry for n, entry in known.items() if n not in names and _was_begun(folder, n)}
     keys = {item.cell.key: entry["cell"] for item, entry in zip(planned, entries, strict=True)}
-    for replaced in [n for n in kept if _key(n) in keys]:  # neither finished nor running
+    for replaced in [n for n in kept if _key(n) in keys]:  # neither finished nor running nor queued
         log.info("cell %s was not finished and has changed since: %s begins anew", replaced, keys[_key(replaced)])
         del kept[replaced]
     tree = {
@@ -126,7 +127,7 @@ def sweep_file(folder: Path) -> dict[str, Any]:
 
 
 def entries_of(folder: Path, planned: Sequence[PlannedCell], accept_changed_data: bool = False) -> list[dict[str, Any]]:
-    """What `plan_json` says of the cells, unless one is finished, or being trained, and has changed since.
+    """What `plan_json` says of the cells, unless one is finished, being trained or queued, and has changed since.
 
     Args:
         accept_changed_data: a cell whose data or tokenizer alone have changed stands as it is, under its name.
@@ -159,7 +160,7 @@ def entries_of(folder: Path, planned: Sequence[PlannedCell], accept_changed_data
                 "; where the data are the same but for rounding, `sweep submit --accept-changed-data` lets them stand"
             )
         raise UserError(
-            f"{folder} has cells trained with other {'settings' if settings_changed else 'data'}: "
+            f"{folder} has cells trained, or waiting in the queue, with other {'settings' if settings_changed else 'data'}: "
             f"{'; '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}. One fit must not "
             f"mix them: {ways}"
         )
@@ -167,14 +168,15 @@ def entries_of(folder: Path, planned: Sequence[PlannedCell], accept_changed_data
 
 
 def _begun(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Identities of cells that are finished or being trained, by key and name."""
+    """Identities of cells that are finished, being trained or waiting in SLURM's queue, by key and name."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted((folder / "results").glob("*.json")):
         result = record.read_result(folder, path.stem)
         if result is not None:
             found.setdefault(_key(path.stem), {})[path.stem] = result["identity"]
+    queued = queued_cells(folder)
     for path in sorted((folder / "cells").glob("*")):
-        if record.is_running(path):
+        if path.name in queued or record.is_running(path):
             found.setdefault(_key(path.name), {})[path.name] = record.read_identity(folder, path.name)
     return found
 

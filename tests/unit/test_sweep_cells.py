@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import stat
 import subprocess
 
 import pytest
+import yaml
 from sweeps import enter, finish, validation, write_data, write_spec
 
 from hmar_mega.cli import main
@@ -202,8 +204,46 @@ def test_an_array_has_a_task_a_cell_and_what_slurm_still_holds_is_not_submitted_
     for name in ("revision.txt", "command.txt", "job.sh", "task.sh", "await.sh"):
         assert (first / name).read_text().strip()
     assert array.queued_cells(folder) == {names[1], names[3]}
+    with pytest.raises(UserError, match=rf"waiting in the queue, with other settings: {names[1]} "):
+        enter(write_spec(tmp_path, learning_rate={"base_lr": 7.0e-3}))
+    write_spec(tmp_path)
     assert main(command) == 0
     assert (folder / "arrays" / "002" / "cells").read_text().split() == [names[0], names[2], names[4]]
+
+
+def test_a_cell_is_looked_at_where_locks_are_missing_or_want_to_be_read(tmp_path, monkeypatch):
+    """NFS refuses a shared lock of what is open for writing alone; some file systems have no locks."""
+    assert not record.is_running(tmp_path)
+    with record.attempt_lock(tmp_path):
+        assert record.is_running(tmp_path)
+    flock = record.fcntl.flock
+
+    def nfs(file, operation):
+        if operation & record.fcntl.LOCK_SH and not file.readable():
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return flock(file, operation)
+
+    monkeypatch.setattr(record.fcntl, "flock", nfs)
+    assert not record.is_running(tmp_path)
+
+    def without(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(record.fcntl, "flock", without)
+    with record.attempt_lock(tmp_path):
+        assert not record.is_running(tmp_path)
+
+
+def test_cells_are_planned_for_the_cluster_they_are_submitted_to(tmp_path, capsys):
+    write_data(tmp_path)
+    small = {"gpu": "none", "memory_gib": 0.01, "bf16_peak_tflops": 1, "bf16_tflops": 1, "fp32_tflops": 1,
+             "memory_gb_per_s": 10, "intra_node_gb_per_s": 10, "inter_node_gb_per_s": 10, "nodes": 1,
+             "gpus_per_node": 1}  # fmt: skip
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    command = ["sweep", "submit", str(write_spec(tmp_path)), "--slurm", "1", "--dry-run"]
+    assert main(command) == 0
+    assert main([*command, "--cluster", str(tmp_path / "small.yaml")]) == 2
+    assert "fit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

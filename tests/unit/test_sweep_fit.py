@@ -29,11 +29,13 @@ def test_the_largest_model_is_predicted_before_it_is_measured_and_compared_after
     wider = [{"depth": 2, "width": w, "heads": 2} for w in (*WIDTHS, 128)]
     names, path, folder = enter(write_spec(tmp_path, sizes=wider)), tmp_path / "SWEEP.yaml", tmp_path / "sweep"
     sizes = {entry["cell"]: entry["non_embedding"] for entry in state.read_sweep(folder)}
-    for name in names[:-1]:
+    for number, name in enumerate(names[:-1]):
         finish(folder, name, 1.2 + 40 * sizes[name] ** -0.3)
+        if number == 2:  # a look while others still train, which is no last word
+            assert {p.irreducible for p in predict_largest(folder, finished_points(folder), 0, [])} == {False}
     early = predict_largest(folder, finished_points(folder), 0, [])
-    assert early
-    assert all(p.before and p.measured is None for p in early)
+    assert {p.irreducible for p in early} == {False, True}
+    assert all(p.before and p.measured is None and p.from_cells == tuple(names[:-1]) for p in early)
     finish(folder, names[-1], 1.2 + 40 * sizes[names[-1]] ** -0.3)
     assert main(["sweep", "fit", str(path)]) == 0
     result = json.loads((folder / "fit" / "fit.json").read_text())
