@@ -151,8 +151,8 @@ def _law(points: Sequence[Point], quantity: str, variable: str, irreducible: boo
 def predict_largest(folder: Path, points: Sequence[Point], seed: int, notes: list[str]) -> list[Prediction]:
     """Predict the largest size of the sweep from the smaller ones on the same images.
 
-    What is predicted while the largest is not measured is kept in PREDICTION_FILE, made anew when more cells are in, and
-    compared once the largest is measured.
+    What is predicted while the largest is not measured is kept in PREDICTION_FILE, made anew when more cells are in,
+    and compared once the largest is measured.
     """
     entries = read_sweep(folder)
     sized = results.at_most_data(points) if points else []

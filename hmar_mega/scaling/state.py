@@ -159,8 +159,9 @@ def entries_of(folder: Path, planned: Sequence[PlannedCell], accept_changed_data
             ways += (
                 "; where the data are the same but for rounding, `sweep submit --accept-changed-data` lets them stand"
             )
+        other = "settings" if settings_changed else "data"
         raise UserError(
-            f"{folder} has cells trained, or waiting in the queue, with other {'settings' if settings_changed else 'data'}: "
+            f"{folder} has cells trained, or waiting in the queue, with other {other}: "
             f"{'; '.join(changed[:3])}{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}. One fit must not "
             f"mix them: {ways}"
         )
