@@ -357,6 +357,8 @@ def _add_error_handlers(app: FastAPI, service: Service) -> None:
         assert isinstance(err, HTTPException)
         service.metrics.error("invalid")
         text = f"{request.method} {request.url.path}: {err.detail}; GET /openapi.json lists what there is"
+        if err.status_code == 400:  # FastAPI's, for whatever keeps Python from reading a body
+            text = "the body cannot be read as JSON in UTF-8, is nested too deeply, or has a number that is too long"
         return JSONResponse({"error": text}, err.status_code, err.headers)
 
     @app.exception_handler(Exception)

@@ -122,7 +122,7 @@ function figure(label, seed) {
   const image = new Image();
   image.alt = "";
   const text = document.createElement("span");
-  text.textContent = `${className(label)}, seed ${seed}`;
+  text.textContent = `${className(label)}, seed\u00a0${seed}`;
   const edit = document.createElement("button");
   edit.type = "button";
   edit.textContent = "Edit";
@@ -216,7 +216,7 @@ const editor = {
     this.mask = new Uint8Array(size * size);
     this.at = [Math.floor(size / 2), Math.floor(size / 2)];
     $("brush").max = Math.max(2, Math.round(size / 3));
-    $("brush").value = Math.max(1, Math.round(size / 8));
+    $("brush").value = Math.max(1, Math.round(size / 4));
     $("brush-size").textContent = `${$("brush").value} px`;
     this.refresh();
   },
@@ -260,7 +260,7 @@ const editor = {
   },
 
   refresh() {
-    const context = $("canvas").getContext("2d");
+    const context = $("canvas").getContext("2d", { willReadFrequently: true });
     context.clearRect(0, 0, this.size, this.size);
     if (this.picture) context.drawImage(this.picture, 0, 0);
     const pixels = context.getImageData(0, 0, this.size, this.size);
