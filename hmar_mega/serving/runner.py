@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hmar_mega.inference.decoding import to_bytes
 from hmar_mega.inference.editing import edit
-from hmar_mega.inference.generation import to_bytes
 from hmar_mega.inference.pipeline import ImageModel
 from hmar_mega.inference.sampler import SampleSettings, generate_tokens
 from hmar_mega.serving.batcher import Abandoned

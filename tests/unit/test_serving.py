@@ -29,7 +29,7 @@ from PIL import Image
 
 from hmar_mega.cli import main
 from hmar_mega.inference import ImageModel, edit, load_model
-from hmar_mega.inference.generation import to_bytes
+from hmar_mega.inference.decoding import to_bytes
 from hmar_mega.inference.options import ClassNames
 from hmar_mega.serving.app import Limits, Service, create_app
 from hmar_mega.serving.server import LOCAL_HOSTS, is_loopback, listen
