@@ -22,6 +22,7 @@ import browser
 import httpx
 import numpy as np
 import pytest
+import serving as load_test
 import torch
 import uvicorn
 from helpers import tiny_export
@@ -304,6 +305,17 @@ def test_a_stream_whose_reader_leaves_is_broken_off(model: ImageModel, monkeypat
                 assert next(answer.iter_text()).startswith("event: start")
             wait(lambda: service.batcher.busy_seconds == 0)  # though the batch was never released
         assert metric(client, "hmar_mega_images_total") == 0
+
+
+def test_nothing_is_lost_under_load(client: httpx.Client):
+    """The benchmark's load: eight clients at once, a third of the requests nonsense."""
+    found, statuses = load_test.load(str(client.base_url), concurrency=8, requests=48, malformed=0.33)
+    assert (found.requests, found.failures) == (48, 0)
+    assert statuses["200"] == 48 - found.malformed
+    assert 8 <= found.malformed <= 24
+    assert 1 <= found.mean_batch <= 8
+    assert 0 < found.p50 <= found.p95 <= found.p99
+    assert [load_test.percentile([3.0, 1.0, 2.0, 4.0], share) for share in (0.5, 0.95)] == [2.0, 4.0]
 
 
 def test_a_batch_that_fails_is_an_error_and_not_the_end(model: ImageModel, monkeypatch: pytest.MonkeyPatch):
