@@ -94,6 +94,10 @@ class Gate:
         except Refused as err:
             self.metrics.error(err.kind)
             await answer(send_noting, err.status, str(err), err.headers)
+        except asyncio.CancelledError:  # by the server, which stops and whose patience has ended
+            self.metrics.error("stopping")
+            if not status:
+                await answer(send_noting, 503, "the service stopped before the images were made", {})
         finally:
             path = scope["path"]
             # status 0: the client left before an answer, which logs of other servers call 499

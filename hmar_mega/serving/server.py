@@ -71,14 +71,17 @@ def _serve(args: argparse.Namespace, listener: socket.socket, token: str | None,
 
     # uvicorn has handlers of its own while it runs and afterwards raises what it got once more, which would end the
     # process by the signal instead of with 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    port = listener.getsockname()[1]
-    shown = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"serving {service.title} at http://{shown}:{port}/ (Ctrl-C stops it)", flush=True)
-    if made:
-        print(f"token, made for this run: {token}", flush=True)
-    server.run(sockets=[listener])
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        port = listener.getsockname()[1]
+        shown = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"serving {service.title} at http://{shown}:{port}/ (Ctrl-C stops it)", flush=True)
+        if made:
+            print(f"token, made for this run: {token}", flush=True)
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0 if server.started else 1
 
 

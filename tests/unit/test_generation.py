@@ -84,6 +84,10 @@ def test_the_npz_has_adms_layout(generate: Callable[..., Generation], model: Ima
     for i in (0, 4, 11, 22):  # whatever the batch: an image is its class and its seed
         alone = to_bytes(model.generate([i % 5], seed=7 + i))[0]
         assert np.abs(alone.astype(int) - images[i]).max() <= 1
+    cuts = [slice(c + b, min(c + b + BATCH, c + CHUNK, NUM)) for c in range(0, NUM, CHUNK) for b in (0, 2, 4)]
+    for cut in (cut for cut in cuts if cut.start < NUM):  # and to the byte what the sampler gives a batch at a time
+        given = torch.from_numpy(labels[cut]), torch.from_numpy(seeds[cut])
+        assert np.array_equal(images[cut], to_bytes(model.sampler(*given, model.sample_settings())[1]))
 
 
 def test_classes_are_balanced():

@@ -6,11 +6,8 @@ import base64
 import contextlib
 import io
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -50,12 +47,14 @@ def model(folder: Path) -> ImageModel:
 
 
 @contextlib.contextmanager
-def serving(model: ImageModel, token: str | None = None, **limits: Any) -> Iterator[tuple[httpx.Client, Service]]:
-    """A client of a running service."""
+def serving(
+    model: ImageModel, token: str | None = None, grace: int = 20, **limits: Any
+) -> Iterator[tuple[httpx.Client, Service]]:
+    """A client of a running service, which has ended when the block has."""
     service = Service(model, ClassNames(NAMES, 5), Limits(**limits), "tiny")
     app = create_app(service, token, None if token else LOCAL_HOSTS)
     server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, ws="none", lifespan="on", timeout_graceful_shutdown=20)
+        uvicorn.Config(app, log_config=None, ws="none", lifespan="on", timeout_graceful_shutdown=grace)
     )
     listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -95,8 +94,7 @@ def png64(array: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-@contextlib.contextmanager
-def slow(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def hold(service: Service, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """The worker is held in its next batch until the event is set, or nobody waits for the batch."""
     release, run = threading.Event(), service.batcher._run
 
@@ -106,8 +104,7 @@ def slow(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[threadin
         run(key, items, emit, abandoned)
 
     monkeypatch.setattr(service.batcher, "_run", held)
-    yield release
-    release.set()
+    return release
 
 
 def metric(client: httpx.Client, name: str) -> float:
@@ -144,7 +141,8 @@ def test_requests_of_equal_settings_share_batches_and_keep_their_pictures(
     model: ImageModel, monkeypatch: pytest.MonkeyPatch
 ):
     """Twelve clients behind a busy worker: one batch of eight and one of three, and every picture as if alone."""
-    with serving(model, max_batch=8) as (client, service), slow(service, monkeypatch) as release:
+    with serving(model, max_batch=8) as (client, service):
+        release = hold(service, monkeypatch)
         with ThreadPoolExecutor(12) as pool:
 
             def ask(seed: int) -> httpx.Response:
@@ -273,7 +271,8 @@ def test_other_sites_cannot_reach_a_local_service_under_a_name_of_theirs(client:
 
 def test_a_full_queue_time_and_clients_that_leave(model: ImageModel, monkeypatch: pytest.MonkeyPatch):
     with serving(model, max_batch=1, max_queue=1, max_count=1, timeout=1.5) as (client, service):
-        with slow(service, monkeypatch), ThreadPoolExecutor(4) as pool:
+        release = hold(service, monkeypatch)
+        with ThreadPoolExecutor(4) as pool:
 
             def ask(path: str = "/v1/images", **options: Any) -> httpx.Response:
                 return client.post(path, json={"classes": 0}, **options)
@@ -292,6 +291,7 @@ def test_a_full_queue_time_and_clients_that_leave(model: ImageModel, monkeypatch
             late = first.result()
             assert (late.status_code, late.json()["error"][:20]) == (504, "not done within 1.5 ")
             assert streamed.result().status_code == 504
+        release.set()
         assert ask().status_code == 200
         for kind, count in {"busy": 1, "timeout": 2, "cancelled": 1}.items():
             assert metric(client, f'hmar_mega_errors_total{{kind="{kind}"}}') == count
@@ -300,10 +300,10 @@ def test_a_full_queue_time_and_clients_that_leave(model: ImageModel, monkeypatch
 def test_a_stream_whose_reader_leaves_is_broken_off(model: ImageModel, monkeypatch: pytest.MonkeyPatch):
     with serving(model) as (client, service):
         monkeypatch.setattr("hmar_mega.serving.app.PULSE", 0.05)
-        with slow(service, monkeypatch):
-            with client.stream("POST", "/v1/images/stream", json={"classes": 0}) as answer:
-                assert next(answer.iter_text()).startswith("event: start")
-            wait(lambda: service.batcher.busy_seconds == 0)  # though the batch was never released
+        hold(service, monkeypatch)
+        with client.stream("POST", "/v1/images/stream", json={"classes": 0}) as answer:
+            assert next(answer.iter_text()).startswith("event: start")
+        wait(lambda: service.batcher.busy_seconds == 0)  # though the batch was never released
         assert metric(client, "hmar_mega_images_total") == 0
 
 
@@ -316,6 +316,16 @@ def test_nothing_is_lost_under_load(client: httpx.Client):
     assert 1 <= found.mean_batch <= 8
     assert 0 < found.p50 <= found.p95 <= found.p99
     assert [load_test.percentile([3.0, 1.0, 2.0, 4.0], share) for share in (0.5, 0.95)] == [2.0, 4.0]
+
+
+def test_what_is_not_done_within_the_grace_is_told_so(model: ImageModel, monkeypatch: pytest.MonkeyPatch):
+    with ThreadPoolExecutor(1) as pool:
+        with serving(model, grace=1) as (client, service):
+            hold(service, monkeypatch)
+            asked = pool.submit(httpx.post, f"{client.base_url}/v1/images", json={"classes": 0}, timeout=30)
+            wait(lambda: service.batcher.busy_seconds > 0)
+        answer = asked.result()
+    assert (answer.status_code, answer.json()["error"]) == (503, "the service stopped before the images were made")
 
 
 def test_a_batch_that_fails_is_an_error_and_not_the_end(model: ImageModel, monkeypatch: pytest.MonkeyPatch):
@@ -373,30 +383,32 @@ def test_the_page_draws_and_edits_in_a_real_browser(running: tuple[httpx.Client,
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def test_sigterm_finishes_what_is_in_flight(folder: Path):
-    """In a process of its own: the request in its queue gets its pictures, and the exit status is 0."""
-    command = [sys.executable, "-m", "hmar_mega", "serve", str(folder), "--port", "0", "--device", "cpu"]
-    command += ["--max-wait", "1500", "--max-batch", "64"]  # the request is in the queue when the signal comes
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        found = re.match(r"serving model at (http://127\.0\.0\.1:\d+/)", process.stdout.readline())
-        assert found
-        with httpx.Client(base_url=found[1], timeout=60) as client, ThreadPoolExecutor(1) as pool:
-            for _ in range(500):
+def test_sigterm_finishes_what_is_in_flight(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """The command itself: the request in its queue gets its pictures, and the exit status is 0."""
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ask_and_stop() -> httpx.Response:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor(1) as pool:
+            for _ in range(3000):
                 with contextlib.suppress(httpx.ConnectError):
                     client.get("/healthz")
                     break
-                time.sleep(0.02)
+                time.sleep(0.01)
             asked = pool.submit(client.post, "/v1/images", json={"classes": [0, 1]})
             wait(lambda: "\nhmar_mega_queue_images 2\n" in client.get("/metrics").text)
-            os.kill(process.pid, signal.SIGTERM)
-            answer = asked.result()
-        assert (answer.status_code, len(answer.json()["images"])) == (200, 2)
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
+            signal.raise_signal(signal.SIGTERM)
+            return asked.result()
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask_and_stop)
+        options = ["--port", str(port), "--device", "cpu", "--max-wait", "1500", "--max-batch", "64"]
+        assert main(["serve", str(folder), *options]) == 0  # --max-wait: the request is in the queue at the signal
+        answer = asked.result()
+    assert (answer.status_code, len(answer.json()["images"])) == (200, 2)
+    assert f"serving model at http://127.0.0.1:{port}/" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_options_that_cannot_be_are_refused(
