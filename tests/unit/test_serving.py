@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import re
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -25,12 +24,12 @@ import uvicorn
 from helpers import tiny_export
 from PIL import Image
 
-from hmar_mega.cli import main
 from hmar_mega.inference import ImageModel, edit, load_model
 from hmar_mega.inference.decoding import to_bytes
 from hmar_mega.inference.options import ClassNames
 from hmar_mega.serving.app import Limits, Service, create_app
-from hmar_mega.serving.server import LOCAL_HOSTS, is_loopback, listen
+from hmar_mega.serving.batcher import Batcher
+from hmar_mega.serving.server import LOCAL_HOSTS, listen
 
 NAMES = ("ant", "bee", "cow", "dog", "wasp")
 TOKEN = "a-token-of-some-length"
@@ -200,12 +199,15 @@ def test_edits_are_those_of_edit(client: httpx.Client, model: ImageModel):
     assert "resized to" in wider.json()["changes"][0]
 
 
-def test_the_model_tells_about_itself(client: httpx.Client):
+def test_the_model_tells_about_itself(client: httpx.Client, monkeypatch: pytest.MonkeyPatch):
     about = client.get("/v1/model").json()
     assert (about["num_classes"], about["resolution"], about["patch_nums"]) == (5, 16, [1, 2, 4])
     assert about["classes"] == list(NAMES)
     assert about["limits"]["count"] == 6
     assert client.get("/healthz").json() == {"status": "ok"}
+    monkeypatch.setattr(Batcher, "busy_seconds", 61.0)  # longer than any request may take
+    stuck = client.get("/healthz")
+    assert (stuck.status_code, stuck.json()) == (503, {"status": "stuck"})
     assert "/v1/edits" in client.get("/openapi.json").json()["paths"]
 
 
@@ -378,61 +380,3 @@ def test_the_page_draws_and_edits_in_a_real_browser(running: tuple[httpx.Client,
         page.wait("/mask_schedule 'x' is not/.test(document.querySelector('#error').textContent)")
         refused = [text for text in page.complaints if "422" not in text]
         assert refused == []  # neither a script error nor a violation of the content policy
-
-
-# ------------------------------------------------------------------------------------------------------------- command
-
-
-def test_sigterm_finishes_what_is_in_flight(folder: Path, capsys: pytest.CaptureFixture[str]):
-    """The command itself: the request in its queue gets its pictures, and the exit status is 0."""
-    with listen("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
-    before = signal.getsignal(signal.SIGTERM)
-
-    def ask_and_stop() -> httpx.Response:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client, ThreadPoolExecutor(1) as pool:
-            for _ in range(3000):
-                with contextlib.suppress(httpx.ConnectError):
-                    client.get("/healthz")
-                    break
-                time.sleep(0.01)
-            asked = pool.submit(client.post, "/v1/images", json={"classes": [0, 1]})
-            wait(lambda: "\nhmar_mega_queue_images 2\n" in client.get("/metrics").text)
-            signal.raise_signal(signal.SIGTERM)
-            return asked.result()
-
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask_and_stop)
-        options = ["--port", str(port), "--device", "cpu", "--max-wait", "1500", "--max-batch", "64"]
-        assert main(["serve", str(folder), *options]) == 0  # --max-wait: the request is in the queue at the signal
-        answer = asked.result()
-    assert (answer.status_code, len(answer.json()["images"])) == (200, 2)
-    assert f"serving model at http://127.0.0.1:{port}/" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_options_that_cannot_be_are_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    def refusal(*options: str) -> str:
-        assert main(["serve", str(folder), *options]) == 2
-        return capsys.readouterr().err
-
-    (tmp_path / "short").write_text("abc\n")
-    assert "has 3 characters; give at least 16" in refusal("--token-file", str(tmp_path / "short"))
-    assert "cannot read --token-file" in refusal("--token-file", str(tmp_path / "none"))
-    monkeypatch.setenv("HMAR_MEGA_TOKEN", "two words are no token")
-    assert "HMAR_MEGA_TOKEN has 22 characters; give at least 16 of ASCII without spaces" in refusal()
-    monkeypatch.delenv("HMAR_MEGA_TOKEN")
-    assert "--max-queue 4 is less than --max-count 16" in refusal("--max-queue", "4")
-    assert "--max-batch 0: give a number above 0" in refusal("--max-batch", "0")
-    with listen("127.0.0.1", 0) as taken:
-        taken.listen()
-        assert "cannot listen at 127.0.0.1" in refusal("--port", str(taken.getsockname()[1]))
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert "serve needs fastapi and uvicorn: pip install 'hmar-mega[serve]'" in refusal()
-
-
-def test_what_other_machines_reach_needs_a_token():
-    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost")] == [True] * 3
-    assert [is_loopback(host) for host in ("0.0.0.0", "::", "192.168.0.5", "myhost")] == [False] * 4
