@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,7 +28,7 @@ from hmar_mega.serving.pictures import encode_base64, encode_png
 from hmar_mega.serving.requests import Asked, EditRequest, ImagesRequest, Reader, explain
 from hmar_mega.serving.runner import Draw, Drawn, Repaint, Runner, Watch
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: Files of the page, beside this one.
 PAGE = {
@@ -84,16 +83,7 @@ class Service:
             async for part in self.follow(kind, asked):
                 pictures[part.first : part.first + len(part.results)] = part.results
 
-        work, gone = asyncio.create_task(collect()), asyncio.create_task(_gone(request))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise Refused(499, "cancelled", "the client left")
-            await work
-        finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)  # its job leaves the queue before we go on
+        await _unless_gone(request, collect())
         return pictures
 
     async def follow(self, kind: Draw | Watch | Repaint, asked: Asked, pulse: bool = False) -> AsyncIterator[Part]:
@@ -225,11 +215,15 @@ def _add_pictures(app: FastAPI, service: Service) -> None:
         return await _answer(service, request, Draw(asked.settings), asked)
 
     @app.post("/v1/images/stream")
-    async def stream(body: ImagesRequest) -> Response:
+    async def stream(body: ImagesRequest, request: Request) -> Response:
         """Server-sent events: `start`, `scale` for each scale, `done`; or `error`."""
         asked = await run_in_threadpool(service.reader.images, body)
         parts = service.follow(Watch(asked.settings), asked, pulse=True)
-        first = await anext(parts)  # so that a full queue is a status, and not an event
+
+        async def begin() -> Part:
+            return await anext(parts)
+
+        first = await _unless_gone(request, begin())  # so that a full queue is a status, and not an event
         return StreamingResponse(_events(service, asked, first, parts), media_type="text/event-stream")
 
     @app.post("/v1/edits")
@@ -324,6 +318,20 @@ def _encoded(drawn: Sequence[Drawn]) -> list[str]:
 
 def _event(name: str, data: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled, and Refused raised, when the client leaves."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Refused(499, "cancelled", "the client left")
+        return await task
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)  # its job leaves the queue before we go on
 
 
 async def _gone(request: Request) -> None:
