@@ -22,6 +22,7 @@ from hmar_mega.parsers import add_command, add_config_arguments
 from hmar_mega.planning.cli import add_plan_parser
 from hmar_mega.progress import LogHandler
 from hmar_mega.scaling.cli import add_sweep_parser
+from hmar_mega.serving.cli import add_serve_parser
 from hmar_mega.tokenizer.cli import add_tokenizer_parser
 
 
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     add_convert_parser(commands)
     add_inference_parsers(commands)
+    add_serve_parser(commands)
     add_evaluate_parser(commands)
     _add_doctor(commands)
     return parser

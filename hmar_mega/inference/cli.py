@@ -121,9 +121,14 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--more-smooth", action="store_true", help="mix codes: prettier, not for measuring")
     group.add_argument("--seed", type=int, help="image i uses seed + i (default: 0)")
-    group.add_argument("--device", help="default: the first GPU (of torchrun's local rank), else the CPU")
-    group.add_argument("--dtype", choices=DTYPES, help="of the transformer alone (default: fp32)")
-    group.add_argument("--precision", choices=DTYPES, help="of transformer and decoder; f̂ and draws stay fp32")
+    add_device_options(group)
+
+
+def add_device_options(parser: Any) -> None:
+    """Where a model computes, in what numbers, for a parser or a group of options."""
+    parser.add_argument("--device", help="default: the first GPU (of torchrun's local rank), else the CPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the transformer alone (default: fp32)")
+    parser.add_argument("--precision", choices=DTYPES, help="of transformer and decoder; f̂ and draws stay fp32")
 
 
 def _run_sample(args: argparse.Namespace) -> int:

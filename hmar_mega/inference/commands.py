@@ -135,14 +135,11 @@ def use_preset(args: argparse.Namespace) -> None:
     args.top_p = chosen.top_p if args.top_p is None else args.top_p
 
 
-def open_from(args: argparse.Namespace) -> tuple[ImageModel, ClassNames, SampleSettings]:
-    """The model, its class names and how to sample, checked."""
+def open_named(args: argparse.Namespace) -> tuple[ImageModel, ClassNames]:
+    """The model and its class names, as `cli.add_model_options` and `cli.add_device_options` say."""
     device = args.device
     if device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    cfg = None if args.cfg is None else parse_cfg(args.cfg)
-    mask_cfg = None if args.mask_cfg is None else parse_cfg(args.mask_cfg, "--mask-cfg")
-    passes = None if args.mask_schedule is None else parse_mask_schedule(args.mask_schedule)
     if args.precision is not None and args.dtype is not None:
         raise UserError(
             f"--precision {args.precision} is that of transformer and decoder, --dtype {args.dtype} of the transformer "
@@ -150,7 +147,15 @@ def open_from(args: argparse.Namespace) -> tuple[ImageModel, ClassNames, SampleS
         )
     dtype, decoder_dtype = DTYPES[args.precision or args.dtype or "fp32"], DTYPES[args.precision or "fp32"]
     model = open_model(args.model, device, dtype, args.ema, args.checkpoint, args.tokenizer, decoder_dtype)
-    names = class_names(args.class_names, model.settings.get("classes"), model.num_classes)
+    return model, class_names(args.class_names, model.settings.get("classes"), model.num_classes)
+
+
+def open_from(args: argparse.Namespace) -> tuple[ImageModel, ClassNames, SampleSettings]:
+    """The model, its class names and how to sample, checked."""
+    cfg = None if args.cfg is None else parse_cfg(args.cfg)
+    mask_cfg = None if args.mask_cfg is None else parse_cfg(args.mask_cfg, "--mask-cfg")
+    passes = None if args.mask_schedule is None else parse_mask_schedule(args.mask_schedule)
+    model, names = open_named(args)
     negative = None if args.negative_class is None else names.number(args.negative_class)
     settings = model.sample_settings(
         cfg, args.top_k, args.top_p, passes, mask_cfg, negative_class=negative, more_smooth=args.more_smooth

@@ -7,6 +7,7 @@ import logging
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,3 +56,13 @@ class ImageDecoder:
             pixels = self._run(part).float()
             out[start : start + size] = pixels.clamp(-1, 1).add(1).mul(0.5).clamp(0, 1)
         return out
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] → (B, H, W, 3) uint8, rounded, where they are."""
+    return images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """`to_uint8` in main memory."""
+    return to_uint8(images).cpu().numpy()

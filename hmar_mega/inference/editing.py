@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,7 @@ def edit(
     settings: SampleSettings | None = None,
     paste: bool = True,
     feather: int = 0,
+    after_scale: Callable[[], None] | None = None,
 ) -> Edit:
     """Generate anew where the mask says so, keep the rest.
 
@@ -73,6 +75,7 @@ def edit(
             decoder's own.
         feather: pixels over which pasting fades from the result into the original, outwards from the edited region;
             see `feather_weights`.
+        after_scale: called after each scale; what it raises ends the edit.
 
     Raises:
         UserError: when sizes do not fit the model, or feathering is asked for without pasting.
@@ -99,7 +102,9 @@ def edit(
     classes, seeds = model.check_labels(labels), image_seeds(seed, len(images)).to(model.device)
     chosen = settings if settings is not None else model.sample_settings()
     model.sampler.say_plain("an edit forces tokens, which no graph takes")
-    tokens, f_hat = generate_tokens(model.model, model.tokenizer.quantizer, classes, seeds, chosen, original, kept)
+    tokens, f_hat = generate_tokens(
+        model.model, model.tokenizer.quantizer, classes, seeds, chosen, original, kept, after_scale
+    )
     decoded = model.to_images(f_hat)
     result = decoded
     if paste and feather:

@@ -12,16 +12,16 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hmar_mega.errors import UserError
 from hmar_mega.files import check_writable, create_atomic
+from hmar_mega.inference.overlap import ChunkWriter, sample_batches
 from hmar_mega.inference.pipeline import ImageModel
 from hmar_mega.inference.sampler import SampleSettings
 from hmar_mega.inference.storage import Chunk, Format, Store, open_store
@@ -112,24 +112,28 @@ class Generation:
 
     def _make(self, missing: list[Chunk], store: Store, tally: Tally, total: int) -> None:
         begin, begun, logged = time.perf_counter(), tally.done, time.perf_counter()
-        for chunk in missing:
-            store.write(chunk, self._images(chunk, tally))
-            now = time.perf_counter()
-            if now - logged >= LOG_EVERY:
-                rate = (tally.done - begun) / (now - begin)
-                left = (total - tally.done) / rate / 60
-                log.info("images %d/%d | %.1f img/s | %.0f min left", tally.done, total, rate, left)
-                logged = now
+        with ChunkWriter(store) as writer:
+            for chunk, images in self._images(missing, tally):
+                writer.put(chunk, images)
+                now = time.perf_counter()
+                if now - logged >= LOG_EVERY:
+                    rate = (tally.done - begun) / (now - begin)
+                    left = (total - tally.done) / rate / 60
+                    log.info("images %d/%d | %.1f img/s | %.0f min left", tally.done, total, rate, left)
+                    logged = now
 
-    def _images(self, chunk: Chunk, tally: Tally) -> np.ndarray:
-        """(n, H, W, 3) uint8."""
-        model, images = self.model, []
-        for start in range(0, len(chunk.labels), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            labels, seeds = (torch.from_numpy(x[batch]).to(model.device) for x in (chunk.labels, chunk.seeds))
-            images.append(to_bytes(model.sampler(labels, seeds, self.settings)[1]))
-            tally.advance(len(labels))
-        return np.concatenate(images)
+    def _images(self, chunks: Sequence[Chunk], tally: Tally) -> Iterator[tuple[Chunk, np.ndarray]]:
+        """Each chunk with its images, (n, H, W, 3) uint8."""
+        size = self.batch_size
+        parts = [(chunk, start) for chunk in chunks for start in range(0, len(chunk.labels), size)]
+        batches = ((chunk.labels[i : i + size], chunk.seeds[i : i + size]) for chunk, i in parts)
+        done: list[np.ndarray] = []
+        for (chunk, start), images in zip(parts, sample_batches(self.model, self.settings, batches), strict=True):
+            done.append(images)
+            tally.advance(len(images))
+            if start + size >= len(chunk.labels):
+                yield chunk, np.concatenate(done)
+                done = []
 
     def _conclude(self, chunks: list[Chunk], store: Store) -> str:
         there = sum(store.complete(chunk) for chunk in chunks)
@@ -201,12 +205,6 @@ class Generation:
 def device_name(device: torch.device) -> str:
     """The kind of device, on which rounding depends."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def to_bytes(images: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [0, 1] → (B, H, W, 3) uint8, rounded, in main memory."""
-    pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return pixels.cpu().numpy()
 
 
 def model_digest(model: ImageModel) -> str:

@@ -1,7 +1,8 @@
 """A whole batch of images as one CUDA graph: all scales, mask passes, draws, f̂ and the decoder, without the host.
 
 A graph belongs to (batch, settings): guidance, truncation and mask schedule are part of what was captured. Labels and
-seeds are copied into its inputs, images and tokens out of its outputs. Graphs are captured when first asked for; all
+seeds are copied into its inputs, images and tokens out of its outputs. For callers who decode on a stream of their own,
+a graph can end at f̂. Graphs are captured when first asked for; all
 share one memory pool, which is sound because they are replayed one after another on one stream and what leaves a graph
 lies outside the pool. Where a graph cannot be, the plain path (`sampler.generate_tokens`) runs, and the log says why.
 """
@@ -52,18 +53,25 @@ class ImageProgram:
         self, labels_B: Tensor, seeds_B: Tensor, settings: SampleSettings, images: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Tokens (B, N) int64 and images (B, 3, R, R) float32 in [0, 1], into `images` if given."""
-        codes = self.decoder.tokenizer.quantizer
-        tokens, f_hat = sample_scales(PackedState(self.packed, codes, labels_B, seeds_B, settings))
+        tokens, f_hat = self.features(labels_B, seeds_B, settings)
         return tokens, self.decoder(f_hat, images)
+
+    @torch.inference_mode()
+    def features(self, labels_B: Tensor, seeds_B: Tensor, settings: SampleSettings) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N) int64 and f̂ (B, Z, h, w) float32."""
+        codes = self.decoder.tokenizer.quantizer
+        return sample_scales(PackedState(self.packed, codes, labels_B, seeds_B, settings))
 
 
 @dataclass
 class _Captured:
+    """A graph with its inputs and outputs; `result` are images, or f̂ where the graph does not decode."""
+
     graph: Any
     labels: Tensor
     seeds: Tensor
     tokens: Tensor
-    images: Tensor
+    result: Tensor
 
 
 class ImageSampler:
@@ -78,7 +86,7 @@ class ImageSampler:
     def __init__(self, model: HMAR, decoder: ImageDecoder, graphs: bool = True) -> None:
         self.model, self.decoder, self.graphs = model, decoder, graphs
         self._program: ImageProgram | None = None
-        self._captured: OrderedDict[tuple[int, SampleSettings], _Captured] = OrderedDict()
+        self._captured: OrderedDict[tuple[int, SampleSettings, bool], _Captured] = OrderedDict()
         self._refused: dict[tuple[int, SampleSettings], str] = {}
         self._said: set[str] = set()
         self._pool: Any = None
@@ -90,18 +98,19 @@ class ImageSampler:
         Args:
             labels_B, seeds_B, settings: as in `generate_tokens`.
         """
-        reason = self.why_not(len(labels_B), settings)
-        if reason is None:
-            found = self._graph(len(labels_B), settings)
-            if found is not None:
-                found.labels.copy_(labels_B)
-                found.seeds.copy_(seeds_B)
-                found.graph.replay()
-                return found.tokens.clone(), found.images.clone()
-            reason = self._refused[len(labels_B), settings]
-        self.say_plain(reason)
+        replayed = self._replay(labels_B, seeds_B, settings, decode=True)
+        if replayed is not None:
+            return replayed
         tokens, f_hat = generate_tokens(self.model, self.decoder.tokenizer.quantizer, labels_B, seeds_B, settings)
         return tokens, self.decoder(f_hat)
+
+    @torch.inference_mode()
+    def features(self, labels_B: Tensor, seeds_B: Tensor, settings: SampleSettings) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N) int64 and f̂ (B, Z, h, w) float32: what a call decodes, by the same way."""
+        replayed = self._replay(labels_B, seeds_B, settings, decode=False)
+        if replayed is not None:
+            return replayed
+        return generate_tokens(self.model, self.decoder.tokenizer.quantizer, labels_B, seeds_B, settings)
 
     def why_not(self, batch: int, settings: SampleSettings) -> str | None:
         """Why a batch runs on the plain path; None when it is a graph, or will be once it is asked for."""
@@ -119,16 +128,32 @@ class ImageSampler:
             self._program = ImageProgram(self.model, self.decoder)
         return self._program
 
-    def _graph(self, batch: int, settings: SampleSettings) -> _Captured | None:
+    def _replay(
+        self, labels_B: Tensor, seeds_B: Tensor, settings: SampleSettings, decode: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Tokens, and images or f̂, out of a graph; None, with the reason logged, where there can be none."""
+        reason = self.why_not(len(labels_B), settings)
+        if reason is None:
+            found = self._graph(len(labels_B), settings, decode)
+            if found is not None:
+                found.labels.copy_(labels_B)
+                found.seeds.copy_(seeds_B)
+                found.graph.replay()
+                return found.tokens.clone(), found.result.clone()
+            reason = self._refused[len(labels_B), settings]
+        self.say_plain(reason)
+        return None
+
+    def _graph(self, batch: int, settings: SampleSettings, decode: bool) -> _Captured | None:
         """The graph of such a batch; None, with the reason kept, where capturing it failed."""
-        key = (batch, settings)
+        key = (batch, settings, decode)
         if key in self._captured:
             self._captured.move_to_end(key)
             return self._captured[key]
         try:
-            captured = self._capture(batch, settings)
+            captured = self._capture(batch, settings, decode)
         except RuntimeError as err:  # out of memory, or an operation that a capture does not allow
-            self._refused[key] = f"capturing a batch of {batch} failed ({str(err).strip().splitlines()[0]})"
+            self._refused[batch, settings] = f"capturing a batch of {batch} failed ({str(err).strip().splitlines()[0]})"
             return None
         self._captured[key] = captured
         if len(self._captured) > MOST_GRAPHS:
@@ -137,16 +162,22 @@ class ImageSampler:
         return captured
 
     @torch.inference_mode()
-    def _capture(self, batch: int, settings: SampleSettings) -> _Captured:
+    def _capture(self, batch: int, settings: SampleSettings, decode: bool) -> _Captured:
         program, device = self.program(), self.model.pos_start.device
         side, count = self.decoder.tokenizer.resolution, self.model.schedule.num_tokens
+        grid, channels = self.model.schedule.grid, self.decoder.tokenizer.config.latent_channels
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
         seeds = torch.arange(batch, device=device)
         tokens = torch.empty(batch, count, dtype=torch.int64, device=device)
-        images = torch.empty(batch, 3, side, side, device=device)
+        shape = (3, side, side) if decode else (channels, grid, grid)
+        result = torch.empty(batch, *shape, device=device)
 
         def run() -> None:
-            tokens.copy_(program(labels, seeds, settings, images)[0])
+            if decode:
+                tokens.copy_(program(labels, seeds, settings, result)[0])
+            else:
+                for into, made in zip((tokens, result), program.features(labels, seeds, settings), strict=True):
+                    into.copy_(made)
 
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
@@ -162,7 +193,7 @@ class ImageSampler:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 run()
-        return _Captured(graph, labels, seeds, tokens, images)
+        return _Captured(graph, labels, seeds, tokens, result)
 
     def _say(self, text: str) -> None:
         if text not in self._said:

@@ -16,7 +16,7 @@ from hmar_mega.errors import UserError
 ELLIPSES = ("…", "...")
 
 
-def parse_mask_schedule(text: str) -> list[list[int]]:
+def parse_mask_schedule(text: str, option: str = "--mask-schedule") -> list[list[int]]:
     """`1;1,3;1,1,2,5` → [[1], [1, 3], [1, 1, 2, 5]]: scales by `;`, passes by `,`.
 
     A trailing `…` or `...` says that the scales beyond are one pass each, which they are anyway. Whether the numbers
@@ -32,7 +32,7 @@ def parse_mask_schedule(text: str) -> list[list[int]]:
         return [[int(count) for count in scale.split(",")] for scale in scales]
     except ValueError:
         raise UserError(
-            f"--mask-schedule {text!r} is not of the form '1;1,3;1,1,2,5;16': for each scale, separated by semicolons, "
+            f"{option} {text!r} is not of the form '1;1,3;1,1,2,5;16': for each scale, separated by semicolons, "
             "the tokens that each pass keeps, separated by commas; scales left out are one pass"
         ) from None
 

@@ -220,7 +220,7 @@ class ImageModel:
         except ValueError as err:
             raise UserError(str(err)) from None
         if negative_class is not None:
-            self.check_labels([negative_class])
+            self.check_classes([negative_class])
         smoothing = more_smooth if isinstance(more_smooth, Smoothing) else Smoothing() if more_smooth else None
         settings = SampleSettings(
             cfg_scale, top_k, top_p, passes, mask_cfg, self.settings["mask_input"], negative_class, smoothing
@@ -241,6 +241,10 @@ class ImageModel:
 
     def check_labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         """Labels as (B,) int64 on the model's device; UserError for classes that do not exist."""
+        return self.check_classes(labels).to(self.device)
+
+    def check_classes(self, labels: Sequence[int] | Tensor) -> Tensor:
+        """As `check_labels`, but left where they are: it does not touch the device."""
         classes = torch.as_tensor(labels, dtype=torch.int64).flatten()
         if not len(classes):
             raise UserError("no labels were given: give the class of at least one image")
@@ -250,7 +254,7 @@ class ImageModel:
                 f"class {', '.join(map(str, wrong))} is out of range: this model has {self.num_classes} classes, "
                 f"0 to {self.num_classes - 1}"
             )
-        return classes.to(self.device)
+        return classes
 
     def to_images(self, f_hat: Tensor) -> Tensor:
         """Decode f̂ (B, Z, h, w) to images (B, 3, H, W) in [0, 1]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +102,35 @@ def test_nothing_waits_for_the_device_while_a_graph_is_replayed() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again, tokens)
     assert torch.equal(same, images)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_batches_on_two_streams_are_batches_one_at_a_time(graphs: bool, tmp_path: Path) -> None:
+    """Bitwise, over more batches than are in flight and a smaller last one; queueing one waits for nothing."""
+    import numpy as np
+    from helpers import tiny_export
+
+    from hmar_mega.inference import load_model
+    from hmar_mega.inference.decoding import to_bytes
+    from hmar_mega.inference.overlap import _Streams, sample_batches
+
+    model = load_model(tiny_export(tmp_path / "model"), "cuda", graphs=graphs)
+    settings, numbers = model.sample_settings(), np.arange(30)
+    batches = [(numbers[i : i + 4] % 5, numbers[i : i + 4] + 7) for i in range(0, 30, 4)]
+    for _ in range(3):
+        found = list(sample_batches(model, settings, batches))
+        for (labels, seeds), images in zip(batches, found, strict=True):
+            given = [torch.from_numpy(x).cuda() for x in (labels, seeds)]
+            assert np.array_equal(images, to_bytes(model.sampler(*given, settings)[1]))
+    if graphs:
+        assert model.sampler.why_not(4, settings) is None, "nothing was captured"
+        streams = _Streams(model, settings)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            queued = [streams.queue(*batch) for batch in batches[:2]]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for (done, host), images in zip(queued, found, strict=False):
+            done.synchronize()
+            assert np.array_equal(host.numpy(), images)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,11 @@ from hmar_mega.data.index import read_index
 from hmar_mega.data.reader import ShardReader
 from hmar_mega.errors import UserError
 from hmar_mega.inference import ImageModel, generation, load_model
-from hmar_mega.inference.generation import Generation, Request, model_digest, to_bytes
-from hmar_mega.inference.storage import FORMATS, NpzStore, write_npz
+from hmar_mega.inference.decoding import to_bytes
+from hmar_mega.inference.generation import Generation, Request, model_digest
+from hmar_mega.inference.graphs import ImageSampler
+from hmar_mega.inference.storage import FORMATS, Chunk, NpzStore, write_npz
+from hmar_mega.progress import Tally
 
 NUM, CHUNK, BATCH = 23, 5, 2
 
@@ -79,6 +84,10 @@ def test_the_npz_has_adms_layout(generate: Callable[..., Generation], model: Ima
     for i in (0, 4, 11, 22):  # whatever the batch: an image is its class and its seed
         alone = to_bytes(model.generate([i % 5], seed=7 + i))[0]
         assert np.abs(alone.astype(int) - images[i]).max() <= 1
+    cuts = [slice(c + b, min(c + b + BATCH, c + CHUNK, NUM)) for c in range(0, NUM, CHUNK) for b in (0, 2, 4)]
+    for cut in (cut for cut in cuts if cut.start < NUM):  # and to the byte what the sampler gives a batch at a time
+        given = torch.from_numpy(labels[cut]), torch.from_numpy(seeds[cut])
+        assert np.array_equal(images[cut], to_bytes(model.sampler(*given, model.sample_settings())[1]))
 
 
 def test_classes_are_balanced():
@@ -135,23 +144,23 @@ def test_a_generation_killed_between_chunks_goes_on_to_the_same_bytes(
 ):
     whole, broken = generate("whole", form=form), generate("broken", form=form)
     whole.run(False)
-    made, images_of = [], Generation._images
+    images_of = Generation._images
 
-    def dying(self: Generation, chunk: object, tally: object) -> np.ndarray:
-        if len(made) == after:
-            raise Killed
-        made.append(chunk)
-        return images_of(self, chunk, tally)  # type: ignore[arg-type]
+    def dying(self: Generation, chunks: list[Chunk], tally: Tally) -> Iterator[tuple[Chunk, np.ndarray]]:
+        yield from itertools.islice(images_of(self, chunks, tally), after)
+        raise Killed
 
     monkeypatch.setattr(Generation, "_images", dying)
     with pytest.raises(Killed):
         broken.run(False)
     assert not (broken.out / "samples.npz").exists()
-    monkeypatch.setattr(Generation, "_images", images_of)
     again: list[int] = []
-    monkeypatch.setattr(
-        Generation, "_images", lambda self, chunk, tally: again.append(chunk.number) or images_of(self, chunk, tally)
-    )
+
+    def counted(self: Generation, chunks: list[Chunk], tally: Tally) -> Iterator[tuple[Chunk, np.ndarray]]:
+        again.extend(chunk.number for chunk in chunks)
+        return images_of(self, chunks, tally)
+
+    monkeypatch.setattr(Generation, "_images", counted)
     broken.run(False)
     assert again == list(range(after, 5))  # what was complete is not made again
     assert contents(broken.out) == contents(whole.out)
@@ -197,6 +206,49 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bytes(folder: Path, tmp_pa
     for path in chunks.glob(".*"):  # what the kill left half-written
         path.unlink()
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_chunks_are_written_while_the_next_ones_are_computed(
+    generate: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
+):
+    """The writer holds the first chunk until the first batch of the second one has been sampled."""
+    sampled, write, at_most = [], NpzStore.write, threading.Event()
+    sampler = ImageSampler.__call__
+
+    def counting(self: ImageSampler, labels: torch.Tensor, *rest: object) -> object:
+        sampled.append(len(labels))
+        if len(sampled) == 4:  # a chunk of 5 is three batches of 2
+            at_most.set()
+        return sampler(self, labels, *rest)  # type: ignore[arg-type]
+
+    def waiting(self: NpzStore, chunk: Chunk, images: np.ndarray) -> None:
+        assert at_most.wait(30)
+        write(self, chunk, images)
+
+    monkeypatch.setattr(ImageSampler, "__call__", counting)
+    monkeypatch.setattr(NpzStore, "write", waiting)
+    assert "23 images in" in generate().run(False)
+
+
+def test_what_stops_the_writer_stops_the_command_with_its_reason(
+    generate: Callable[..., Generation], monkeypatch: pytest.MonkeyPatch
+):
+    whole, broken, write = generate("whole"), generate("broken"), NpzStore.write
+    whole.run(False)
+
+    def full(self: NpzStore, chunk: Chunk, images: np.ndarray) -> None:
+        if chunk.number == 1:
+            raise UserError("cannot write there: no space left on device")
+        write(self, chunk, images)
+
+    monkeypatch.setattr(NpzStore, "write", full)
+    with pytest.raises(UserError, match="no space left on device"):
+        broken.run(False)
+    assert (broken.out / "chunks" / "000000.npz").exists()
+    assert not (broken.out / "chunks" / "000004.npz").exists()  # it did not go on to the end
+    monkeypatch.setattr(NpzStore, "write", write)
+    broken.run(False)
+    assert contents(broken.out) == contents(whole.out)
 
 
 def test_a_long_generation_logs_its_rate_and_the_time_left(

@@ -70,7 +70,9 @@ def test_packed_logits_are_the_models(tokenizer: MultiScaleVQVAE, branch: str, s
 )
 def test_images_are_the_plain_paths(model: HMAR, tokenizer: MultiScaleVQVAE, settings: SampleSettings):
     decoder = ImageDecoder(tokenizer)
-    tokens, images = ImageProgram(model, decoder, kernels=False)(LABELS, SEEDS, settings)
+    program = ImageProgram(model, decoder, kernels=False)
+    tokens, images = program(LABELS, SEEDS, settings)
+    assert torch.equal(decoder(program.features(LABELS, SEEDS, settings)[1]), images)
     wanted, f_hat = generate_tokens(model, tokenizer.quantizer, LABELS, SEEDS, settings)
     assert torch.equal(tokens, wanted)
     torch.testing.assert_close(images, decoder(f_hat), rtol=1e-4, atol=1e-4)
@@ -177,7 +179,7 @@ def test_a_capture_that_fails_is_not_tried_again(
     monkeypatch.setattr(graphs, "why_not_graphs", lambda model, settings: None)
     sampler, tries = ImageSampler(model, ImageDecoder(tokenizer)), []
 
-    def fail(batch: int, settings: SampleSettings) -> None:
+    def fail(batch: int, settings: SampleSettings, decode: bool) -> None:
         tries.append(batch)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
