@@ -150,9 +150,7 @@ def refuse_same_part(src: Path, names: Sequence[str], parts: Mapping[str, str]) 
     for name in names:
         other = taken.setdefault(parts.get(name, name), name)
         if other != name:
-            raise UserError(
-                f"{src} has both {other} and {name}, which mean the same part; take one away, or merge them"
-            )
+            raise UserError(f"{src} has both {other} and {name}, which mean the same part; take one away")
 
 
 def label_text(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Faults of image collections that once went by unseen: copies of another source, labels that are none, two of a part."""
+"""Faults of image collections that once went by unseen: copies of another, labels that are none, parts named twice."""
 
 from __future__ import annotations
 
@@ -99,8 +99,10 @@ def parquet(path: Path, values: list[object], names: list[str] | None = None, ar
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(3, "3"), (3.0, "3"), (-0.0, "0"), (1.5, None), (float("nan"), None), (float("inf"), None), (None, None)]
-    + [("", None), ("cat", "cat"), ("1.0", "1.0"), (True, "True")],
+    [
+        *((3, "3"), (3.0, "3"), (-0.0, "0"), (1.5, None), (float("nan"), None), (float("inf"), None)),
+        *((None, None), ("", None), ("cat", "cat"), ("1.0", "1.0"), (True, "True")),
+    ],
 )
 def test_what_is_a_label(value, text):
     assert label_text(value) == text
@@ -121,9 +123,9 @@ def test_rows_without_a_label_among_named_classes(tmp_path):
     assert (labels(source), len(source.lost)) == (["bee", "ant"], 1)
     with pytest.raises(UserError, match="labels outside 0 … 1, its classes, such as 2"):
         read(parquet(tmp_path / "b.parquet", [1, 2], ["ant", "bee"]), tmp_path)
-    with pytest.raises(UserError, match="not the number of a class: .*'cat'"):
+    with pytest.raises(UserError, match=r"not the number of a class: .*'cat'"):
         read(parquet(tmp_path / "c.parquet", ["cat"], ["ant", "bee"]), tmp_path)
-    with pytest.raises(UserError, match="no images with a label in .*; the first row: no label in label"):
+    with pytest.raises(UserError, match=r"no images with a label in .*; the first row: no label in label"):
         read(parquet(tmp_path / "d.parquet", [0.5]), tmp_path)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +108,20 @@ def test_a_stream_that_hangs_ends_the_run(tmp_path, folder):
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(Damage, match=r"gives no sample within 0\.4 s"):
         take(loader(str(tmp_path / "pipe.tar")), 1)
+
+
+def test_closing_does_not_wait_for_a_stream_that_hangs(folder):
+    def hang() -> Iterator[None]:
+        threading.Event().wait(60)
+        yield
+
+    stream = loader(str(folder), DamagePolicy("skip", max_damaged=1.0, timeout=20.0, retries=0))
+    next(stream)
+    stream._samples = hang()
+    next(stream)
+    begin = time.monotonic()
+    stream.close()
+    assert time.monotonic() - begin < 10
 
 
 def test_nothing_readable_ends_the_run_instead_of_looking_for_ever(tmp_path):
