@@ -105,7 +105,6 @@ def upright(image: Image.Image) -> Image.Image:
 
     Unlike Pillow's `exif_transpose` it does not write the rest of the EXIF anew, which fails for a malformed field.
     """
-    image.load()
     turn = _TURNS.get(_orientation(image)[0])
     turned = image.copy() if turn is None else image.transpose(turn)
     for key in _ORIENTED_BY:  # else it would be turned once more when it is read once more
@@ -115,6 +114,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> tuple[int, bool]:
     """The EXIF orientation, 1 to 8, and whether the EXIF could be read; it is 1 where not, which is told once."""
+    image.load()  # some formats do so while EXIF is read: damaged pixels would be taken for damaged EXIF
     try:
         found = image.getexif().get(_ORIENTATION, 1)
         return (found if found in _TURNS else 1), True
