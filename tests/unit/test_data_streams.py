@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -111,14 +112,17 @@ def test_a_stream_that_hangs_ends_the_run(tmp_path, folder):
 
 
 def test_closing_does_not_wait_for_a_stream_that_hangs(folder):
-    def hang() -> Iterator[None]:
-        threading.Event().wait(60)
-        yield
-
     stream = loader(str(folder), DamagePolicy("skip", max_damaged=1.0, timeout=20.0, retries=0))
+    samples, hanging = stream._samples, threading.Event()
+
+    def one_step() -> Iterator[object]:
+        yield from islice(samples, 20)
+        hanging.set()
+        threading.Event().wait(60)
+
+    stream._samples = one_step()
     next(stream)
-    stream._samples = hang()
-    next(stream)
+    assert hanging.wait(20)  # in the step ahead
     begin = time.monotonic()
     stream.close()
     assert time.monotonic() - begin < 10
