@@ -23,7 +23,7 @@ from hmar_mega.data.index import (
     offsets_path,
     read_index,
 )
-from hmar_mega.data.pixels import Storing, UnusableImage, store_image
+from hmar_mega.data.pixels import PILLOW_LIMIT, Storing, UnusableImage, store_image
 from hmar_mega.data.processes import map_processes
 from hmar_mega.data.tars import Member, read_comment, samples_of, walk_tar
 from hmar_mega.errors import UserError
@@ -169,7 +169,8 @@ def _check_shard(task: _Task) -> tuple[ShardReport, list[bytes]]:
             if walk.damage:
                 tell("headers", f"after {len(walk.members)} files: {walk.damage}")
             samples = list(samples_of(walk))
-            whole = _check_samples(file.fileno(), samples, task, tell)
+            labels: list[int] = []
+            whole = _check_samples(file.fileno(), samples, task, labels, tell)
     except OSError as err:
         tell("missing", f"cannot be read: {err.strerror}")
         return ShardReport(entry.name, entry.samples, 0, tuple(found)), []
@@ -177,18 +178,23 @@ def _check_shard(task: _Task) -> tuple[ShardReport, list[bytes]]:
         tell("count", f"{len(samples):,} samples can be found in it, {entry.samples:,} were written")
     elif entry.samples == 0:
         tell("count", "it has no samples")
-    if not found:
-        _check_offsets(path, entry, samples, tell)
+    if not found:  # and so every sample has its label
+        _check_offsets(path, entry, samples, labels, tell)
     _check_comment(path, task.tokens, tell)
     return ShardReport(entry.name, entry.samples, whole, tuple(found)), [key.encode() for key, _ in samples]
 
 
-def _check_samples(descriptor: int, samples: Sequence[tuple[str, dict[str, Member]]], task: _Task, tell: Any) -> int:
-    """How many samples are whole; tells of those that are not."""
+def _check_samples(
+    descriptor: int, samples: Sequence[tuple[str, dict[str, Member]]], task: _Task, labels: list[int], tell: Any
+) -> int:
+    """How many samples are whole; tells of those that are not, and puts the labels of the others into `labels`."""
     bad: dict[str, list[str]] = defaultdict(list)
     content = _content_check(task)
     for key, fields in samples:
-        problem = _label_problem(descriptor, fields, task.classes) or content(descriptor, fields)
+        label = _label(descriptor, fields, task.classes)
+        if isinstance(label, int):
+            labels.append(label)
+        problem = content(descriptor, fields) if isinstance(label, int) else ("label", label)
         if problem:
             bad[problem[0]].append(f"{key} ({problem[1]})")
     for kind, where in bad.items():
@@ -197,15 +203,16 @@ def _check_samples(descriptor: int, samples: Sequence[tuple[str, dict[str, Membe
     return len(samples) - sum(len(where) for where in bad.values())
 
 
-def _label_problem(descriptor: int, fields: dict[str, Member], classes: int) -> tuple[str, str] | None:
+def _label(descriptor: int, fields: dict[str, Member], classes: int) -> int | str:
+    """The label of a sample, or what is wrong with it."""
     if LABEL_FIELD not in fields:
-        return "label", "no label"
+        return "no label"
     text = _read(descriptor, fields[LABEL_FIELD])
     try:
         label = int(text)
     except ValueError:
-        return "label", f"label {text[:20]!r}"
-    return None if 0 <= label < classes else ("label", f"label {label} of {classes} classes")
+        return f"label {text[:20]!r}"
+    return label if 0 <= label < classes else f"label {label} of {classes} classes"
 
 
 def _content_check(task: _Task) -> Any:
@@ -242,7 +249,7 @@ def _image_check(deep: bool) -> Any:
         if not deep:
             return None
         try:
-            store_image(_read(descriptor, fields[images[0]]), Storing())
+            store_image(_read(descriptor, fields[images[0]]), Storing(max_pixels=PILLOW_LIMIT))  # as training reads
         except UnusableImage as err:
             return "content", str(err)
         return None
@@ -250,13 +257,16 @@ def _image_check(deep: bool) -> Any:
     return check
 
 
-def _check_offsets(tar: Path, entry: ShardEntry, samples: list[tuple[str, dict[str, Member]]], tell: Any) -> None:
+def _check_offsets(
+    tar: Path, entry: ShardEntry, samples: list[tuple[str, dict[str, Member]]], labels: list[int], tell: Any
+) -> None:
     """The file of offsets against the tar: reading trusts it."""
     try:
         with np.load(io.BytesIO(offsets_path(tar).read_bytes()), allow_pickle=False) as stored:
             same = str(stored["sha256"]) == entry.sha256
             fields, starts, sizes = stored["fields"].tolist(), stored["starts"], stored["sizes"]
             same = same and stored["keys"].tolist() == [key.encode() for key, _ in samples]
+            same = same and stored["labels"].tolist() == labels
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as err:
         why = "is missing" if isinstance(err, FileNotFoundError) else f"cannot be read ({err})"
         tell("offsets", f"{offsets_path(tar).name} {why}; it is made anew when the shard is read")

@@ -129,8 +129,7 @@ class ImageLoader:
         if self._cache is not None and (key := self._cached_keys[sample]) is not None:
             return self._cache[sample], key
         read = self._reader.read_image(sample)
-        image = decode_sample(read)
-        self._look_at(image, read)
+        image = decode_sample(read, lambda stored: self._look_at(stored, read))
         values = image_to_tensor(image, self._resolution, self._augment, place)
         pixels = ((values + 1) * 127.5).round().to(torch.uint8)
         if self._cache is not None:

@@ -6,7 +6,8 @@ Axes: B batch, R resolution in pixels. Pixels are float32 in [−1, 1], −1 bla
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,13 @@ Augment = Literal["crop", "none"]
 
 #: VAR's and HMAR's: the shorter side becomes 1.125 × resolution before the crop.
 CROP_SCALE = 1.125
+
+#: Images that would be resized to more pixels than this are resized crop by crop: a file of some kB may be so thin that
+#: it would take gigabytes. Ordinary ones stay below, and keep the very bytes they always had.
+WHOLE_PIXELS = 1 << 24
+
+#: Pixels to either side of its place that Lanczos looks at, in those of the smaller image.
+_LANCZOS_REACH = 3
 
 
 def image_to_tensor(
@@ -64,24 +72,55 @@ def crop_pixels(
     image = to_rgb(image)
     shorter = round(CROP_SCALE * resolution) if augment == "crop" else resolution
     width, height = (side * shorter // min(image.size) for side in image.size)
-    pixels = np.array(image.resize((width, height), Image.Resampling.LANCZOS))
-    crops = []
-    for across, down in places:
-        left, top = int(across * (width - resolution + 1)), int(down * (height - resolution + 1))
-        crops.append(pixels[top : top + resolution, left : left + resolution])
+    corners = [(int(u * (width - resolution + 1)), int(v * (height - resolution + 1))) for u, v in places]
+    if width * height > WHOLE_PIXELS:
+        crops = [_resized_part(image, (width, height), corner, resolution) for corner in corners]
+    else:
+        pixels = np.array(image.resize((width, height), Image.Resampling.LANCZOS))
+        crops = [pixels[top : top + resolution, left : left + resolution] for left, top in corners]
     return np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2))
 
 
-def decode_sample(sample: ImageSample) -> Image.Image:
-    """The decoded image of a sample; Damage, naming shard and key, when it is damaged."""
+def _resized_part(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], resolution: int) -> np.ndarray:
+    """The square at `corner` of an image resized to `size`, (R, R, 3) uint8, without resizing the rest of it.
+
+    Its pixels are close to those of the whole, but not always the same: places are rounded otherwise, and Pillow, which
+    clips after either side, may take the sides in another order.
+    """
+    window, box = [], []
+    for side, resized, start in zip(image.size, size, corner, strict=True):
+        scale = side / resized
+        reach = math.ceil(_LANCZOS_REACH * max(scale, 1.0)) + 1
+        first, last = start * scale, min(side, (start + resolution) * scale)
+        begin, end = max(0, math.floor(first) - reach), min(side, math.ceil(last) + reach)
+        window.append((begin, end))
+        box.append((first - begin, last - begin))  # from the window on: Pillow has 24 bits for it
+    (left, right), (top, bottom) = window
+    part = image.crop((left, top, right, bottom))
+    inside = (box[0][0], box[1][0], box[0][1], box[1][1])
+    return np.array(part.resize((resolution, resolution), Image.Resampling.LANCZOS, box=inside))
+
+
+def decode_sample(sample: ImageSample, look: Callable[[Image.Image], None] | None = None) -> Image.Image:
+    """The image of a sample as `to_rgb` makes it.
+
+    Args:
+        look: is shown the decoded image as it is stored, of any mode and not turned.
+
+    Raises:
+        Damage: when it is damaged; names shard and key.
+    """
     try:
         image = Image.open(io.BytesIO(sample.data))
         image.load()
+        rgb = to_rgb(image)
     except DECODE_ERRORS as err:
         raise Damage(
             f"{sample.where} cannot be decoded: {describe_damage(err)}; restore the shard or make it anew", "content"
         ) from None
-    return image
+    if look is not None:
+        look(image)
+    return rgb
 
 
 class ImageStream:

@@ -22,6 +22,7 @@ from zipfile import BadZipFile
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hmar_mega.data.patience import still_reading
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
 
@@ -30,6 +31,9 @@ Kind = Literal["images", "tokens"]
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 LABEL_FIELD = "cls"
+
+#: Bytes of a file that are hashed at once: what a disk gives in seconds, however slow.
+_BLOCK = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -197,9 +201,10 @@ def load_offsets(folder: Path, shard: ShardEntry) -> Offsets:
     try:
         return stored_offsets(tar, shard)
     except FileNotFoundError:
-        log.warning("%s is missing: rebuilding it from %s", path, shard.name)
+        why = "is missing"
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as err:
-        log.warning("%s does not fit %s (%s): rebuilding it", path, shard.name, err)
+        why = f"does not fit {shard.name} ({err})"
+    log.warning("%s %s: rebuilding it from %s, all of whose %.1f MB are read", path, why, shard.name, size / 1e6)
     return _rebuild(tar, shard)
 
 
@@ -234,8 +239,12 @@ def offsets_path(tar: Path) -> Path:
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a whole file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            still_reading()
+    return digest.hexdigest()
 
 
 def scan_tar(tar: Path) -> Offsets:
@@ -252,6 +261,7 @@ def scan_tar(tar: Path) -> Offsets:
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in filter(tarfile.TarInfo.isfile, archive):
+                still_reading()
                 stem, _, field = Path(member.name).name.partition(".")
                 key = str(Path(member.name).with_name(stem))
                 if not keys or key != keys[-1]:

@@ -1,7 +1,8 @@
 """Reading that does not wait for ever: a read without an answer is given up, tried again after a pause, then reported.
 
 A thread inside a system call cannot be stopped. So reads run in a daemon thread that is watched; when one makes no
-progress it is left behind, and the rest goes on in another.
+progress it is left behind, and the rest goes on in another. A read that takes long by its nature, such as that of a
+whole tar, says with `still_reading` that it goes on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ Result = TypeVar("Result")
 
 #: How often at most the watch looks whether it was closed, in seconds.
 LOOK = 0.5
+
+
+def still_reading() -> None:
+    """Say that the read under way in this thread had an answer, so that its time begins anew; else do nothing."""
+    thread = threading.current_thread()
+    if isinstance(thread, _Runner):
+        thread.answers += 1
 
 
 class Closed(Exception):
@@ -92,6 +100,7 @@ class _Runner(threading.Thread, Generic[Item, Result]):
         self._ended = threading.Event()
         self._abandoned = False
         self._error: BaseException | None = None
+        self.answers = 0  #: of reads that take long, see `still_reading`
         self.results: Sequence[Result | Damage] = ()  #: what was read when the watch ended
 
     def run(self) -> None:
@@ -111,13 +120,14 @@ class _Runner(threading.Thread, Generic[Item, Result]):
 
     def watch(self, timeout: float, closed: threading.Event) -> None:
         """Wait for the end, or until nothing was read for `timeout` seconds."""
-        look, without, seen = min(LOOK, timeout / 4), 0.0, 0
+        look, without, seen = min(LOOK, timeout / 4), 0.0, (0, 0)
         while not self._ended.wait(look):
             if closed.is_set():
                 self._abandoned = True
                 raise Closed
-            without = without + look if len(self._done) == seen else 0.0
-            seen = len(self._done)
+            progress = len(self._done), self.answers
+            without = without + look if progress == seen else 0.0
+            seen = progress
             if without >= timeout:
                 self._abandoned = True
                 break

@@ -6,18 +6,22 @@ Peculiarities, which `to_rgb` deals with whenever an image is read, and `peculia
     alpha     transparency: put on white                   grey      three equal channels
     CMYK      Pillow's conversion, without colour profile  16-bit    a grey image's upper 8 bits; colour comes from
     profile   an ICC profile: ignored                                Pillow as 8 bits already and is not counted
+    bad EXIF  one that cannot be read: taken as upright
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
+import struct
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 Encoding = Literal["keep", "jpeg", "png", "webp"]
 ENCODINGS: tuple[Encoding, ...] = ("keep", "jpeg", "png", "webp")
@@ -26,13 +30,32 @@ ENCODINGS: tuple[Encoding, ...] = ("keep", "jpeg", "png", "webp")
 FIELD_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 FIELD_OF_ENCODING = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
+#: What Pillow's parsers raise for bytes that are not what they look like, besides what it means to raise.
+_PARSE_ERRORS = (struct.error, IndexError, KeyError, TypeError)
+
 #: What Pillow raises for bytes that are no image, or a damaged one.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, *_PARSE_ERRORS)
 
 #: Pillow refuses to open what has more pixels than this: the reader could not read it.
 PILLOW_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 
 _ORIENTATION = 0x0112
+
+#: EXIF orientation → what turns the pixels upright; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+#: Where Pillow keeps what tells the orientation.
+_ORIENTED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+
+log = logging.getLogger(__name__)
 
 
 class UnusableImage(Exception):
@@ -68,7 +91,7 @@ class StoredImage:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as 8-bit RGB, turned upright as its EXIF orientation says; what is transparent becomes white."""
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip to 8
         image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -77,23 +100,56 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """A copy turned as the EXIF orientation says, and without EXIF; taken as upright where that cannot be read.
+
+    Unlike Pillow's `exif_transpose` it does not write the rest of the EXIF anew, which fails for a malformed field.
+    """
+    turn = _TURNS.get(_orientation(image)[0])
+    turned = image.copy() if turn is None else image.transpose(turn)
+    for key in _ORIENTED_BY:  # else it would be turned once more when it is read once more
+        turned.info.pop(key, None)
+    return turned
+
+
+def _orientation(image: Image.Image) -> tuple[int, bool]:
+    """The EXIF orientation, 1 to 8, and whether the EXIF could be read; it is 1 where not, which is told once."""
+    image.load()  # some formats do so while EXIF is read: damaged pixels would be taken for damaged EXIF
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+        return (found if found in _TURNS else 1), True
+    except DECODE_ERRORS:
+        image.getexif().load(b"")  # what was read of it before the error would be there at the next call
+        _tell_bad_exif()
+        return 1, False
+
+
+@lru_cache(1)
+def _tell_bad_exif() -> None:
+    log.warning("there are images whose EXIF cannot be read: they are taken as upright")
+
+
 def describe_damage(err: Exception) -> str:
     """What is wrong with an image, from one of `DECODE_ERRORS`."""
     if isinstance(err, UnidentifiedImageError):
         return "not an image"  # Pillow's own message names a memory address
+    if isinstance(err, _PARSE_ERRORS):  # of which the text alone says little: KeyError("7") is '7'
+        return f"malformed ({type(err).__name__}: {err})"
     return str(err)
 
 
 def peculiarities(image: Image.Image) -> tuple[str, ...]:
     """What is not plain about an image, see the top of the file."""
+    orientation, readable = _orientation(image)
     found = {
-        "turned": image.getexif().get(_ORIENTATION, 1) in range(2, 9),
+        "turned": orientation != 1,
         "palette": image.mode in ("P", "PA"),
         "alpha": image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info,
         "CMYK": image.mode == "CMYK",
         "16-bit": image.mode.startswith("I"),
         "grey": image.mode in ("1", "L", "LA", "La"),
         "profile": bool(image.info.get("icc_profile")),
+        "bad EXIF": not readable,
     }
     return tuple(name for name, is_so in found.items() if is_so)
 

@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 def map_processes(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
     """Results of `function` as they come, in any order, from `workers` processes; 1: from this one, in order.
 
-    After an error no further task is begun, those under way are still finished, then the error is raised. Only a few
-    tasks are taken ahead, so `tasks` may be long.
+    After an error no further task is taken; those that the processes have already are still finished, then the error
+    is raised. Only a few tasks are taken ahead, so `tasks` may be long.
 
     Args:
         function, tasks: picklable.
@@ -42,9 +42,9 @@ def map_processes(function: Callable[[Task], Result], tasks: Iterable[Task], wor
             pending = {pool.submit(function, task) for task in islice(source, 2 * workers)}
             while pending:
                 finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                results = [future.result() for future in finished]  # an error ends it here
                 pending |= {pool.submit(function, task) for task in islice(source, len(finished))}
-                for future in finished:
-                    yield future.result()
+                yield from results
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed, perhaps for want of memory; run the command again, with fewer --workers"

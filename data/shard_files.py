@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ CHANGES = 3
 
 #: A shard whose reads failed as often as they may is left alone for so many times `DamagePolicy.timeout`.
 REST = 10.0
+
+log = logging.getLogger(__name__)
 
 
 class _Opened:
@@ -71,6 +74,7 @@ class ShardFiles:
         self._policy, self._cache = policy, cache
         self._failing: dict[int, _Failing] = {}
         self._signatures: dict[int, tuple[int, int]] = {}
+        self._told: dict[int, tuple[int, int]] = {}  # of which changes the log says that they are looked into
         self._descriptors: dict[int, _Opened] = {}
         self._cached: set[int] = set()  # shards whose descriptor is that of a copy
 
@@ -202,6 +206,9 @@ class ShardFiles:
         """
         entry, tar = self._shards[shard], self.path(shard)
         signature = signature_of(tar.stat())
+        if signature[0] >= entry.bytes and self._told.get(shard) != signature:
+            self._told[shard] = signature
+            log.warning("shard %s was touched: comparing its %.1f MB with the checksum", tar, signature[0] / 1e6)
         if signature[0] >= entry.bytes and file_sha256(tar) != entry.sha256:
             self.lost[shard] = Damage(
                 f"shard {tar} was replaced while it was read: it is not the one of its index; restore it or make it "

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import queue
 import random
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -142,6 +143,7 @@ class TokenStreamLoader:
         self._dp_rank, self._dp_size, self._position = dp_rank, dp_size, start_position
         self._damage: queue.SimpleQueue[tuple[Damage, int]] = queue.SimpleQueue()
         self._ended: Damage | None = None
+        self._closed = threading.Event()
         draw = random.Random(f"{seed} {start_position} {dp_rank}")
         if stream.reader == "energon":
             from hmar_mega.data.energon_stream import energon_samples  # an optional dependency
@@ -172,7 +174,8 @@ class TokenStreamLoader:
         return {"epoch": self._position // self._stream.num_samples, "position": self._position}
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead, and leave a read that hangs behind."""
+        self._closed.set()
         self._steps.close()
 
     def _note(self, damage: Damage, count: int) -> None:
@@ -202,7 +205,7 @@ class TokenStreamLoader:
             return self._ended
 
         rows: list[tuple[np.ndarray, int, str]] = []
-        for row in read_patiently(self._take, range(count), once, silent):
+        for row in read_patiently(self._take, range(count), once, silent, closed=self._closed):
             if isinstance(row, Damage):
                 raise row
             rows.append(row)

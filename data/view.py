@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw, ImageFont
 from hmar_mega.data.images import decode_sample, tensor_to_image
 from hmar_mega.data.index import ShardIndex, load_offsets, read_index
 from hmar_mega.data.order import permutation
-from hmar_mega.data.pixels import to_rgb
 from hmar_mega.data.reader import ShardReader, check_fingerprint
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
@@ -104,7 +103,7 @@ def _images(reader: ShardReader, chosen: Sequence[int], index: ShardIndex) -> li
         sample = reader.read_image(number)
         name, origin = index.classes[sample.label], f"{_shard_of(sample.where)} {sample.key}"
         try:
-            image = to_rgb(decode_sample(sample))
+            image = decode_sample(sample)
         except UserError as err:
             pictures.append(Picture(None, name, origin, str(err)))
         else:

@@ -18,7 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from hmar_mega.data.sources.base import Item, Source, SourceOptions, label_names, may_spool, read_class_file
+from hmar_mega.data.sources.base import (
+    Item,
+    Source,
+    SourceOptions,
+    label_names,
+    label_numbers,
+    label_text,
+    may_spool,
+    read_class_file,
+    refuse_same_part,
+    spool_name,
+)
 from hmar_mega.errors import UserError
 from hmar_mega.files import open_atomic, write_atomic
 
@@ -29,6 +40,9 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label")
 _PART = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 _SHORT = {"validation": "val"}
 _MARKERS = ("dataset_info.json", "state.json", "dataset_dict.json")
+
+#: A row of a table: its image (None: it has none), its label as text (None: the same), and what it is called.
+_Row = tuple[Item | None, str | None, str]
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +79,16 @@ def read_arrow(src: Path, options: SourceOptions) -> Source:
             columns = _find_columns(path, options)
             names = names or columns.names
             reading = _read_parquet if path.suffix == ".parquet" else _read_stream
-            for item, label in reading(path, columns, src, options):
-                if item is None:
-                    lost.append((label, "no image in this row"))
+            for item, label, name in reading(path, columns, src, options):
+                if item is None or label is None:
+                    no_label = f"no label in {columns.label}: a name, or a whole number"
+                    lost.append((name, "no image in this row" if item is None else no_label))
                     continue
                 items.append(item)
                 texts.append(label)
     if not texts:
-        raise UserError(f"no images in {src}")
+        why = f"; the first row: {lost[0][1]}" if lost else ""
+        raise UserError(f"no images with a label in {src}{why}")
     classes, numbers = _number(texts, names, options, str(src))
     at = iter(numbers)
     parts = {part: [item._replace(label=next(at)) for item in items] for part, items in parts.items() if items}
@@ -86,10 +102,7 @@ def _number(
     if not names:
         return label_names(texts, options, where)
     classes = names if options.classes is None else read_class_file(options.classes)
-    numbers = [int(text) for text in texts]
-    if not 0 <= min(numbers) <= max(numbers) < len(classes):
-        raise UserError(f"{where} has labels outside 0 … {len(classes) - 1}, its classes; mend them, or give --classes")
-    return classes, numbers
+    return classes, label_numbers(texts, classes, where)
 
 
 def _files(src: Path) -> dict[str, list[Path]]:
@@ -98,13 +111,17 @@ def _files(src: Path) -> dict[str, list[Path]]:
         return {"": [src]}
     found: dict[str, list[Path]] = {}
     if (src / "dataset_dict.json").is_file():
-        for split in json.loads((src / "dataset_dict.json").read_text())["splits"]:
+        splits = json.loads((src / "dataset_dict.json").read_text())["splits"]
+        refuse_same_part(src, splits, _SHORT)
+        for split in splits:
             found[_SHORT.get(split, split)] = sorted((src / split).glob("*.arrow"))
         return found
+    splits: list[str] = []
     for path in sorted([*src.glob("*.arrow"), *src.glob("*.parquet"), *src.glob("data/*.parquet")]):
         match = _PART.match(path.stem)
-        split = match[1] if match and path.suffix == ".parquet" else ""
-        found.setdefault(_SHORT.get(split, split), []).append(path)
+        splits.append(match[1] if match and path.suffix == ".parquet" else "")
+        found.setdefault(_SHORT.get(splits[-1], splits[-1]), []).append(path)
+    refuse_same_part(src, splits, _SHORT)
     return found
 
 
@@ -170,7 +187,7 @@ class _FileBatches:
         return (self._reader.get_batch(number) for number in range(self._reader.num_record_batches))
 
 
-def _read_stream(path: Path, columns: _Columns, src: Path, options: SourceOptions) -> Iterator[tuple[Item | None, str]]:
+def _read_stream(path: Path, columns: _Columns, src: Path, options: SourceOptions) -> Iterator[_Row]:
     """Images by their place in the file; batches that are compressed, and so have none, go through the spool."""
     pa = _pyarrow()
     row = 0
@@ -181,30 +198,28 @@ def _read_stream(path: Path, columns: _Columns, src: Path, options: SourceOption
             length = path.stat().st_size
             for batch in _open_stream(file):
                 contents, paths = _image_arrays(batch.column(columns.image), path, columns.image)
-                labels = [str(label) for label in batch.column(columns.label).to_pylist()]
+                labels = [label_text(label) for label in batch.column(columns.label).to_pylist()]
                 data = contents.buffers()[2] if len(contents) and contents.buffers()[2] else None
                 if data is not None and not first <= data.address < first + length:
                     yield from _spooled(path, iter([batch]), columns, options, row)
                 else:
                     starts = (0 if data is None else data.address - first) + _starts(contents)
                     for number, label in enumerate(labels):
-                        yield _item(path, src, contents, paths, number, starts, row + number, label)
+                        name = f"{path.name}:{row + number}"
+                        yield _item(path, src, contents, paths, number, starts, name), label, name
                 row += len(labels)
     except (OSError, pa.ArrowException) as err:
         raise UserError(f"{path} cannot be read: {err}; get it anew") from None
 
 
 def _item(
-    path: Path, src: Path, contents: Any, paths: list[str | None], number: int, starts: np.ndarray, row: int, label: str
-) -> tuple[Item | None, str]:
-    name = f"{path.name}:{row}"
+    path: Path, src: Path, contents: Any, paths: list[str | None], number: int, starts: np.ndarray, name: str
+) -> Item | None:
     if contents[number].is_valid:
         start, end = int(starts[number]), int(starts[number + 1])
-        return Item(str(path), start, end - start, name, 0), label
+        return Item(str(path), start, end - start, name, 0)
     file = paths[number]
-    if file is None:
-        return None, name
-    return Item(os.path.join(src if src.is_dir() else src.parent, file), 0, -1, name, 0), label
+    return None if file is None else Item(os.path.join(src if src.is_dir() else src.parent, file), 0, -1, name, 0)
 
 
 def _image_arrays(column: Any, path: Path, name: str) -> tuple[Any, list[str | None]]:
@@ -227,9 +242,7 @@ def _starts(contents: Any) -> np.ndarray:
     return raw[contents.offset : contents.offset + len(contents) + 1].astype(np.int64)
 
 
-def _read_parquet(
-    path: Path, columns: _Columns, src: Path, options: SourceOptions
-) -> Iterator[tuple[Item | None, str]]:
+def _read_parquet(path: Path, columns: _Columns, src: Path, options: SourceOptions) -> Iterator[_Row]:
     import pyarrow.parquet
 
     pa = _pyarrow()
@@ -241,11 +254,10 @@ def _read_parquet(
         raise UserError(f"{path} cannot be read: {err}; get it anew") from None
 
 
-def _spooled(
-    path: Path, batches: Iterator[Any], columns: _Columns, options: SourceOptions, row: int
-) -> Iterator[tuple[Item | None, str]]:
-    """Images copied into a file of their own, once: a second start finds it, with its list of places."""
-    stem = f"{path.parent.name}-{path.name}-{row}"
+def _spooled(path: Path, batches: Iterator[Any], columns: _Columns, options: SourceOptions, row: int) -> Iterator[_Row]:
+    """Images copied into a file of their own, once: a second start finds it, with its list of places and labels."""
+    stat = path.stat()
+    stem = spool_name(path.resolve(), stat.st_size, stat.st_mtime_ns, columns.image, columns.label, row)
     images, listing = options.spool / f"{stem}.bin", options.spool / f"{stem}.npz"
     if not listing.exists():
         may_spool(options, str(path))
@@ -256,7 +268,7 @@ def _spooled(
                 contents, _ = _image_arrays(batch.column(columns.image), path, columns.image)
                 for content in contents:
                     ends.append(ends[-1] + file.write(content.as_buffer() if content.is_valid else b""))
-                labels += [str(label) for label in batch.column(columns.label).to_pylist()]
+                labels += [label_text(label) or "" for label in batch.column(columns.label).to_pylist()]
         packed = io.BytesIO()
         np.savez(packed, ends=np.array(ends), labels=np.array(labels))
         write_atomic(listing, packed.getvalue())
@@ -265,7 +277,7 @@ def _spooled(
     for number, label in enumerate(labels):
         start, end = ends[number], ends[number + 1]
         name = f"{path.name}:{row + number}"
-        yield (Item(str(images), start, end - start, name, 0), label) if end > start else (None, name)
+        yield (Item(str(images), start, end - start, name, 0) if end > start else None), label or None, name
 
 
 def _pyarrow() -> Any:

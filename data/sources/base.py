@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from hmar_mega.errors import UserError
 
@@ -140,6 +142,53 @@ def label_names(labels: Sequence[str], options: SourceOptions, where: str) -> tu
             f"{where}: label {strange[0]!r} is none of the {len(classes)} classes; mend it, or give --classes FILE"
         )
     return classes, [table[label] for label in labels]
+
+
+def refuse_same_part(src: Path, names: Sequence[str], parts: Mapping[str, str]) -> None:
+    """Raise UserError when two of the subfolders or splits `names` would become one part, as `parts` maps them."""
+    taken: dict[str, str] = {}
+    for name in names:
+        other = taken.setdefault(parts.get(name, name), name)
+        if other != name:
+            raise UserError(f"{src} has both {other} and {name}, which mean the same part; take one away")
+
+
+def label_text(value: Any) -> str | None:
+    """A label as text, whole numbers without a point (tables with gaps hold floats); None where it is none.
+
+    None are nothing, an empty text, and numbers that are not whole: of them no class is made.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, float):
+        return str(int(value)) if math.isfinite(value) and value == int(value) else None
+    return str(value)
+
+
+def label_numbers(labels: Sequence[str], classes: Sequence[str], where: str) -> list[int]:
+    """Labels as text → numbers of the classes of a source that numbers them itself.
+
+    Raises:
+        UserError: when one is no number, or of no class.
+    """
+    try:
+        numbers = [int(label) for label in labels]
+    except ValueError as err:
+        raise UserError(
+            f"{where}: a label is not the number of a class: {err}; mend it, or give --label-column"
+        ) from None
+    strange = next((number for number in numbers if not 0 <= number < len(classes)), None)
+    if strange is not None:
+        raise UserError(
+            f"{where} has labels outside 0 … {len(classes) - 1}, its classes, such as {strange}; mend them, or give "
+            "--classes"
+        )
+    return numbers
+
+
+def spool_name(*of: object) -> str:
+    """The name of a copy, from all that decides what is in it: a copy of something else has another name."""
+    return hashlib.sha256("\0".join(map(str, of)).encode(errors="surrogateescape")).hexdigest()[:32]
 
 
 def may_spool(options: SourceOptions, what: str) -> None:

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from hmar_mega.data.sources.base import Item, Source, SourceOptions, label_names, read_class_file
+from hmar_mega.data.sources.base import Item, Source, SourceOptions, label_names, read_class_file, refuse_same_part
 from hmar_mega.errors import UserError
 
 #: Headings that a column of paths, or of labels, is known by.
@@ -54,6 +54,7 @@ def _roots(src: Path) -> dict[str, Path]:
     """The folders of classes by part: `src` itself, or its train and val where it has nothing else."""
     names = _subfolders(src)
     if set(names) <= set(PARTS) and all(any(sub.is_dir() for sub in (src / name).iterdir()) for name in names):
+        refuse_same_part(src, names, PARTS)
         return {PARTS[name]: src / name for name in names}
     return {"": src}
 
@@ -100,6 +101,8 @@ def read_csv(src: Path, options: SourceOptions) -> Source:
     short = next((number for number, row in enumerate(lines) if len(row) <= max(path_column, label_column)), None)
     if short is not None:
         raise UserError(f"{src}: row {short + 1 + headings} has {len(lines[short])} columns; give a path and a label")
+    lost = [(row[path_column].strip(), "no label in this row") for row in lines if not row[label_column].strip()]
+    lines = [row for row in lines if row[label_column].strip()]
     classes, labels = label_names([row[label_column].strip() for row in lines], options, str(src))
     items = []
     for row, label in zip(lines, labels, strict=True):
@@ -107,8 +110,8 @@ def read_csv(src: Path, options: SourceOptions) -> Source:
         path = os.path.join(src.parent, name)
         items.append(Item(path, 0, _size(path, options), name, label))
     if not items:
-        raise UserError(f"{src} has a heading and no rows; give a path and a label a row")
-    return Source("table of paths and labels", classes, {"": items})
+        raise UserError(f"{src} has no rows with a label; give a path and a label a row")
+    return Source("table of paths and labels", classes, {"": items}, lost=tuple(lost))
 
 
 def _columns(src: Path, first: list[str], options: SourceOptions) -> tuple[int, int, int]:

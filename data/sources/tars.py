@@ -14,7 +14,17 @@ from typing import BinaryIO
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from hmar_mega.data.index import INDEX_NAME, read_index
-from hmar_mega.data.sources.base import EXTENSIONS, Item, Source, SourceOptions, label_names, may_spool
+from hmar_mega.data.sources.base import (
+    EXTENSIONS,
+    Item,
+    Source,
+    SourceOptions,
+    label_names,
+    label_numbers,
+    label_text,
+    may_spool,
+    spool_name,
+)
 from hmar_mega.data.tars import Member, SeekableFile, Walk, samples_of, walk_tar
 from hmar_mega.errors import UserError
 from hmar_mega.files import open_atomic
@@ -72,18 +82,20 @@ def read_webdataset(src: str, options: SourceOptions) -> Source:
     classes_of_index = _own_classes(Path(src))
     lost: list[tuple[str, str]] = []
     items, labels = [], []
-    for number, url in enumerate(urls):
-        path = _spool(url, options, number) if url.startswith(PIPE) else Path(url)
-        for item, label in _samples(path, url, options, lost):
-            items.append(item)
-            labels.append(label)
+    for url in urls:
+        path = _spool(url, options) if url.startswith(PIPE) else Path(url)
+        try:
+            found = list(_samples(path, url, options, lost))
+        except UserError:
+            if url.startswith(PIPE):  # once the source is mended, the command has to print it again
+                path.unlink(missing_ok=True)
+            raise
+        items += [item for item, _ in found]
+        labels += [label for _, label in found]
     if not items:
         raise UserError(f"no samples with an image in {src}; looked for the fields {', '.join(EXTENSIONS)}")
     if classes_of_index and options.classes is None:
-        numbers = [int(label) for label in labels]
-        if not all(0 <= number < len(classes_of_index) for number in numbers):
-            raise UserError(f"{src} has labels outside its own {len(classes_of_index)} classes; make it anew")
-        classes = classes_of_index
+        classes, numbers = classes_of_index, label_numbers(labels, classes_of_index, src)
     else:
         classes, numbers = label_names(labels, options, src)
     items = [item._replace(label=number) for item, number in zip(items, numbers, strict=True)]
@@ -137,10 +149,9 @@ def _label(file: BinaryIO, fields: dict[str, Member], options: SourceOptions) ->
         return None
     try:
         tree = json.loads(_read(file, fields["json"]))
-        value = tree[options.label_column or "label"]
+        return label_text(tree[options.label_column or "label"])
     except (ValueError, KeyError, TypeError):
         return None
-    return str(value)
 
 
 def _read(file: BinaryIO, member: Member) -> bytes:
@@ -169,13 +180,14 @@ def _open(path: Path) -> BinaryIO:
         raise UserError(f"{path} cannot be read: {err.strerror}; mend it, or take it away") from None
 
 
-def _spool(url: str, options: SourceOptions, number: int) -> Path:
+def _spool(url: str, options: SourceOptions) -> Path:
     """What a command prints, copied into a file once; a command that fails leaves none.
 
     The command is a shell's, as in WebDataset: whoever gives the source decides what runs.
     """
-    path = options.spool / f"{number:06d}.tar"
+    path = options.spool / f"{spool_name(url)}.tar"
     if path.exists():
+        log.info("taking what %s printed before from %s; remove that file to run it again", url, path)
         return path
     may_spool(options, url)
     command = url.removeprefix(PIPE)

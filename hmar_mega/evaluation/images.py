@@ -210,6 +210,7 @@ def _decode(data: bytes, where: str, fit: Fit) -> np.ndarray:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
+        rgb = to_rgb(image)
     except (UnidentifiedImageError, *DECODE_ERRORS) as err:
         raise UserError(f"{where} cannot be decoded: {describe_damage(err)}; remove it or make it anew") from None
     if (image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")) and not fit.grayscale:
@@ -218,8 +219,8 @@ def _decode(data: bytes, where: str, fit: Fit) -> np.ndarray:
             "channel with --grayscale"
         )
     if fit.size is not None and image.size != (fit.size, fit.size):
-        return _resized(image, fit.size)
-    return np.asarray(to_rgb(image))
+        return _resized(rgb, fit.size)
+    return np.asarray(rgb)
 
 
 def _resized(image: Image.Image, size: int) -> np.ndarray:

@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from hmar_mega.data.pixels import DECODE_ERRORS, describe_damage, to_rgb
+from hmar_mega.data.pixels import DECODE_ERRORS, describe_damage, to_rgb, upright
 from hmar_mega.errors import UserError
 
 Side = Literal["left", "right", "top", "bottom"]
@@ -38,7 +38,8 @@ def read_image(path: Path, mode: str = "RGB") -> Image.Image:
     """An image file as RGB (upright, transparency on white), or converted to another mode; UserError if it is none."""
     try:
         with Image.open(path) as image:
-            return to_rgb(image) if mode == "RGB" else ImageOps.exif_transpose(image).convert(mode)
+            turned: Image.Image = to_rgb(image) if mode == "RGB" else upright(image).convert(mode)
+            return turned
     except DECODE_ERRORS as err:
         raise UserError(f"cannot read {path} as an image: {describe_damage(err)}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hmar_mega.data.images import ImageStream, decode_sample, image_grid, image_to_tensor, tensor_to_image
+from hmar_mega.data import images, pixels
+from hmar_mega.data.damage import Damage
+from hmar_mega.data.images import ImageStream, crop_pixels, decode_sample, image_grid, image_to_tensor, tensor_to_image
 from hmar_mega.data.order import SampleOrder
-from hmar_mega.data.pixels import to_rgb
+from hmar_mega.data.pixels import Storing, peculiarities, store_image, to_rgb
 from hmar_mega.data.reader import ImageSample, ShardReader
 from hmar_mega.data.writer import open_shards
 from hmar_mega.errors import UserError
@@ -71,6 +74,34 @@ def test_image_is_turned_upright_as_its_exif_says():
     np.testing.assert_array_equal(np.asarray(turned), np.rot90(np.asarray(image), -1))
 
 
+def lying(*further: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of an image that lies on its side, and further fields: (tag, type, count, value or offset)."""
+    fields = [(0x0112, 3, 1, b"\6\0\0\0"), *further]
+    body = b"".join(struct.pack("<HHL4s", *field) for field in fields)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(fields)) + body + b"\0\0\0\0"
+
+
+def test_malformed_exif_fields_do_not_matter_to_the_orientation():
+    """Both fields have a type that Pillow reads and cannot write again."""
+    for field in ((0x0100, 2, 4, b"abc\0"), (0x011A, 1, 1, b"\1\0\0\0")):
+        file = io.BytesIO()
+        ramp(40, 30).save(file, format="JPEG", exif=lying(field))
+        turned = decode_sample(ImageSample("0", 0, file.getvalue(), "it"))
+        assert turned.size == to_rgb(turned).size == (30, 40)  # and is not turned twice
+        assert store_image(file.getvalue(), Storing("png")).size == (30, 40)
+
+
+def test_exif_that_cannot_be_read_is_told_once_and_taken_as_upright(caplog):
+    pixels._tell_bad_exif.cache_clear()
+    for _ in range(2):
+        image = Image.open(io.BytesIO(png(ramp(40, 30), exif=b"Exif\0\0XX*\0\0\0\0\0")))
+        assert "bad EXIF" in peculiarities(image)
+        assert to_rgb(image).size == (40, 30)
+    assert [record.message for record in caplog.records] == [
+        "there are images whose EXIF cannot be read: they are taken as upright"
+    ]
+
+
 def test_transparent_pixels_become_white():
     image = Image.new("RGBA", (1, 1), (255, 0, 0, 0))
     assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
@@ -90,6 +121,36 @@ def test_sixteen_bit_grey_keeps_its_upper_half():
 def test_damaged_image_names_shard_and_sample():
     with pytest.raises(UserError, match=r"s\.tar: sample 7 cannot be decoded"):
         decode_sample(ImageSample("7", 0, png(ramp(9, 9))[:50], "s.tar: sample 7"))
+
+
+def test_what_fails_while_an_image_becomes_rgb_is_damage(monkeypatch):
+    def fail(image: Image.Image) -> Image.Image:
+        raise KeyError("7")
+
+    monkeypatch.setattr(images, "to_rgb", fail)
+    with pytest.raises(Damage, match=r"s\.tar: sample 7 cannot be decoded: malformed \(KeyError: '7'\)"):
+        decode_sample(ImageSample("7", 0, png(ramp(9, 9)), "s.tar: sample 7"))
+
+
+# Thin images
+
+
+@pytest.mark.parametrize("size", [(40, 300), (300, 40), (7, 200)])
+def test_crops_that_are_resized_alone_are_those_of_the_whole(monkeypatch, size):
+    image, places = ramp(*size), [(0.0, 0.0), (0.5, 0.5), (0.3, 0.8), (0.999, 0.999)]
+    whole = crop_pixels(image, 16, "crop", places)
+    monkeypatch.setattr(images, "WHOLE_PIXELS", 0)
+    assert np.abs(crop_pixels(image, 16, "crop", places).astype(int) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(4, 10_000), (3_000_000, 1)])
+def test_a_thin_image_is_never_enlarged_as_a_whole(monkeypatch, size):
+    """As a whole, 4 × 10000 would become 288 × 720000 pixels, of 2 GB on the way."""
+    made = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, to, *a, **k: made.append(to) or resize(self, to, *a, **k))
+    assert crop_pixels(Image.new("RGB", size), 256, "crop", [(0.5, 0.999)]).shape == (1, 3, 256, 256)
+    assert made == [(256, 256)]
 
 
 # Streams
@@ -144,8 +205,8 @@ def test_ranges_are_explicit_and_values_beyond_are_clipped():
 
 
 def test_tensor_and_image_are_inverse():
-    pixels = np.asarray(ramp(16, 16))
-    assert np.array_equal(np.asarray(tensor_to_image(image_to_tensor(ramp(16, 16), 16, "none"), (-1, 1))), pixels)
+    red = np.asarray(ramp(16, 16))
+    assert np.array_equal(np.asarray(tensor_to_image(image_to_tensor(ramp(16, 16), 16, "none"), (-1, 1))), red)
 
 
 def test_grid_places_images_row_by_row(tmp_path):

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from hmar_mega.data.check import check_folders, report_lines
 from hmar_mega.data.cli import add_data_parser
-from hmar_mega.data.index import TokenFormat
+from hmar_mega.data.index import TokenFormat, load_offsets, read_index, write_offsets
 from hmar_mega.data.stats import ScaleUsage, count_folder, stats_lines, write_stats
 from hmar_mega.data.tokens import TokenCodec
 from hmar_mega.data.view import contact_sheet, write_view
@@ -68,6 +69,24 @@ def test_whole_shards_are_good_and_damaged_images_are_found_by_decoding(images, 
     assert "1 problems; 8 of 9 samples whole, 1 lost, 3 shards, every sample decoded" in lines[0]
     assert re.split(r"\s{2,}", lines[2].strip())[:3] == ["shard-000001.tar", "3/4", "content"]
     assert "1 samples: 004 (" in lines[2]
+
+
+def test_what_training_can_read_is_good_however_large(tmp_path):
+    """101 megapixels are beyond what `data shard` takes by default, and below what Pillow opens."""
+    file = io.BytesIO()
+    Image.new("1", (10_100, 10_000)).save(file, format="PNG")
+    with open_shards(tmp_path / "out", "images", ("ant",), 4) as writer:
+        writer.write("0", 0, {"png": file.getvalue()})
+    assert check_folders(tmp_path / "out", deep=True)[0].problems == ()
+
+
+def test_labels_beside_a_tar_are_compared_with_those_in_it(tokens):
+    """Training takes them from beside it."""
+    shard = read_index(tokens).shards[0]
+    offsets = load_offsets(tokens, shard)
+    write_offsets(tokens / shard.name, shard, replace(offsets, labels=1 - offsets.labels))
+    (problem,) = check_folders(tokens)[0].problems
+    assert (problem.kind, problem.shard) == ("offsets", shard.name)
 
 
 def test_report_as_json(images, capsys):

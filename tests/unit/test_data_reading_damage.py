@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,6 +170,32 @@ def test_shard_touched_but_the_same_goes_on(folder):
     stream = loader(folder)
     os.utime(folder / MIDDLE, (1, 1))
     check_epoch(stream, set(), "")
+
+
+@pytest.mark.parametrize("without", ["offsets", "its time"])
+def test_reading_a_whole_tar_may_take_longer_than_a_read(folder, monkeypatch, caplog, without):
+    class Slow:
+        def __init__(self) -> None:
+            self._hash = hashlib.sha256()
+
+        def update(self, block: bytes) -> None:
+            time.sleep(SKIP.timeout / 10)
+            self._hash.update(block)
+
+        def hexdigest(self) -> str:
+            return self._hash.hexdigest()
+
+    size = (folder / MIDDLE).stat().st_size
+    monkeypatch.setattr("hmar_mega.data.index._BLOCK", size // 30)  # 3 times the timeout in all
+    monkeypatch.setattr("hmar_mega.data.index.hashlib", SimpleNamespace(sha256=Slow))
+    if without == "offsets":
+        offsets_path(folder / MIDDLE).unlink()
+        stream = loader(folder)
+    else:
+        stream = loader(folder)
+        os.utime(folder / MIDDLE, (1, 1))
+    check_epoch(stream, set(), "")
+    assert [MIDDLE in record.message for record in caplog.records] == [True]  # told once, and not tried twice
 
 
 def test_shard_listed_twice_contradicts_the_index(folder):

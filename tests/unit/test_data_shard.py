@@ -8,6 +8,7 @@ import io
 import os
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,21 @@ def test_processes_make_the_same_bytes(src, tmp_path):
 def test_a_process_that_is_killed_is_an_error():
     with pytest.raises(UserError, match="a worker process was killed"):
         list(map_processes(os._exit, [9], workers=2))
+
+
+def test_after_an_error_no_further_task_is_taken(monkeypatch):
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, workers: int, **_: object) -> None:
+            super().__init__(workers)
+
+    def fail(_: int) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("hmar_mega.data.processes.ProcessPoolExecutor", Threads)
+    tasks = iter(range(100))
+    with pytest.raises(ZeroDivisionError):
+        list(map_processes(fail, tasks, workers=2))
+    assert next(tasks) == 4  # two for each process
 
 
 def test_without_a_terminal_progress_is_logged(src, tmp_path, monkeypatch, caplog):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +109,23 @@ def test_a_stream_that_hangs_ends_the_run(tmp_path, folder):
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(Damage, match=r"gives no sample within 0\.4 s"):
         take(loader(str(tmp_path / "pipe.tar")), 1)
+
+
+def test_closing_does_not_wait_for_a_stream_that_hangs(folder):
+    stream = loader(str(folder), DamagePolicy("skip", max_damaged=1.0, timeout=20.0, retries=0))
+    samples, hanging = stream._samples, threading.Event()
+
+    def one_step() -> Iterator[object]:
+        yield from islice(samples, 20)
+        hanging.set()
+        threading.Event().wait(60)
+
+    stream._samples = one_step()
+    next(stream)
+    assert hanging.wait(20)  # in the step ahead
+    begin = time.monotonic()
+    stream.close()
+    assert time.monotonic() - begin < 10
 
 
 def test_nothing_readable_ends_the_run_instead_of_looking_for_ever(tmp_path):
