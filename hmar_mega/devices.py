@@ -1,6 +1,8 @@
-"""Which device a command computes on."""
+"""Which device a command computes on, and the memory it took."""
 
 from __future__ import annotations
+
+import resource
 
 import torch
 
@@ -26,3 +28,10 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
         have = f"only {count} GPU(s)" if count else "no GPU"
         raise UserError(f"device {wanted} was asked for, but this machine has {have}; use cpu or leave it out")
     return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process held at most so far: of a GPU what torch reserved, graphs included; else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
