@@ -7,7 +7,8 @@
 
 DATA has image shards in train/ and val/, or is what `--only prepare` left in OUT/prepared: a few files to carry. The
 same command goes on where it was cut off or its minutes ended: each variant's run from its last checkpoint, and what is
-measured is not measured again. All seeds in OUT are merged: table.md, comparison.json, comparison.png, grids.png.
+measured is not measured again. All seeds are merged into OUT: table.md, comparison.json, comparison.png, grids.png;
+report.html is about the runs of this seed.
 benchmarks/README.md says what is fair about it.
 """
 
@@ -44,11 +45,13 @@ from PIL import Image
 
 from hmar_mega.config import Config
 from hmar_mega.config_io import config_to_yaml, load_config
+from hmar_mega.evaluation.commands import RESULT_FILE
 from hmar_mega.files import write_atomic
 from hmar_mega.inference import open_model
 from hmar_mega.interrupts import REQUEUE_STATUS, Interrupts, Stop
 from hmar_mega.launchers.outcome import checkpoint_state
 from hmar_mega.metrics import read_metrics
+from hmar_mega.run_report import report
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 from hmar_mega.tokenizer.train import train_tokenizer
 
@@ -90,12 +93,13 @@ def main(arguments: list[str] | None = None) -> None:
     except TimeUp:
         log.warning(OUT_OF_TIME)
     finally:
-        write_pages(args.out)
+        write_pages(args.out, args.work / "results", args.merge)
+        seed.report(wanted)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="image shards in train/ and val/, or OUT/prepared")
+    parser.add_argument("--data", type=Path, required=True, help="image shards in train/ and val/, or prepared")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results, of all seeds")
     parser.add_argument("--work", type=Path, help="folder of runs and token shards (default: OUT/work)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -113,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bootstrap", type=int, default=20, help="replicates (default: %(default)s)")
     parser.add_argument("--network", default="efficientnet-lite0", help="of features (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of all variants")
+    parser.add_argument("--merge", type=Path, nargs="*", default=[], help="comparison.json of other machines")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, trained in this process")
     return parser
@@ -124,7 +129,7 @@ def _prepared(args: argparse.Namespace) -> Path:
         return Path(args.data)
     if not (args.data / "train" / "index.json").is_file():
         raise SystemExit(f"{args.data} has neither image shards in train/ and val/ nor prepared data")
-    out = args.out / "prepared"
+    out = (args.out if args.only == "prepare" else args.work) / "prepared"
     if is_prepared(out):
         return out
     tokenizer = args.tokenizer
@@ -174,7 +179,7 @@ class _Seed:
         self.device = torch.device(args.device)
         self.tokens = args.work / "tokens"
         self.runs = args.work / f"{args.budget}-seed{args.seed}"
-        self.results = args.out / "results"
+        self.results = args.work / "results"
         write_shards(prepared, self.tokens)
         with np.load(prepared / "tokens.npz") as stored:
             self.images, self.classes = len(stored["train"]), len(stored["classes"])
@@ -187,11 +192,11 @@ class _Seed:
             if self._result(name) is None:
                 self._train(name)
                 self._measure(name)
-                write_pages(self.args.out)
+                write_pages(self.args.out, self.results, self.args.merge)
         for name in shown:
             if VARIANTS[name].masked and "mask_sweep" not in (self._result(name) or {}):
                 self._sweep(name)
-                write_pages(self.args.out)
+                write_pages(self.args.out, self.results, self.args.merge)
 
     def _path(self, name: str) -> Path:
         folder: Path = self.results / f"{self.args.budget}-seed{self.args.seed}"
@@ -324,7 +329,24 @@ class _Seed:
         strip = draw(model, settings_of(model, 1.5), GRID_IMAGES, FINAL_SEED, GRID_IMAGES)  # for all the same guidance
         Image.fromarray(np.concatenate(list(strip), axis=1)).save(grid)
         write_atomic(self._path(name), json.dumps(result, indent=1) + "\n")
+        write_atomic(folder / RESULT_FILE, json.dumps(self._as_evaluation(result)) + "\n")
         log.info("%s: FID %.2f at guidance %g", name, result["figures"]["FID"]["value"], cfg)
+
+    def _as_evaluation(self, result: dict[str, Any]) -> dict[str, Any]:
+        """As `hmar-mega evaluate` would write it, for the report."""
+        network = self.judge.network
+        measures = [{"name": name, **figure, "note": ""} for name, figure in result["figures"].items()]
+        return {
+            "network": network.name, "network_digest": network.digest, "reference": "the held-out images",
+            "images": result["count"], "measures": measures,
+        }  # fmt: skip
+
+    def report(self, wanted: list[str]) -> None:
+        """`hmar-mega report` of the runs that are measured, as OUT/report.html."""
+        measured = [name for name in wanted if name in VARIANTS and self._result(name) is not None]
+        folders = [self.runs / name for name in measured if (self.runs / name / RESULT_FILE).is_file()]
+        if folders:
+            report(folders, self.args.out / "report.html")
 
     def _sweep(self, name: str) -> None:
         self._check_time()

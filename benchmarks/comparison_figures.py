@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +22,41 @@ Result = dict[str, Any]
 MEASURES = {"FID": (2, 1), "KID": (2, 1000), "IS": (3, 1), "precision": (3, 1), "recall": (3, 1)}
 
 
-def write_pages(out: Path) -> None:
-    """table.md, comparison.json, comparison.png and grids.png of everything in `out`/results; nothing without any."""
-    found = read_results(out)
+def write_pages(out: Path, results: Path, others: Sequence[Path] = ()) -> None:
+    """table.md, comparison.json, comparison.png and grids.png of all that is measured; nothing without any.
+
+    Args:
+        results: folder of results of this machine: BUDGET-seedSEED/VARIANT.json and .png.
+        others: comparison.json of other machines; that of `out` itself is taken too.
+    """
+    found = read_results(results, [*others, out / "comparison.json"])
     if not found:
         return
     write_atomic(out / "comparison.json", json.dumps(found, indent=1) + "\n")
     write_atomic(out / "table.md", page(found))
     plot(found, out / "comparison.png")
-    grids(out, found)
+    grids(out, results)
 
 
-def read_results(out: Path) -> dict[str, dict[str, list[Result]]]:
-    """Budget → variant, in the order of `VARIANTS` → results, a seed each."""
+def read_results(results: Path, others: Sequence[Path]) -> dict[str, dict[str, list[Result]]]:
+    """Budget → variant, in the order of `VARIANTS` → results, a seed each; what is here wins over other machines'."""
+    rows = [
+        row
+        for path in others
+        if path.is_file()
+        for variants in json.loads(path.read_text()).values()
+        for seeds in variants.values()
+        for row in seeds
+    ]
+    rows += [json.loads(path.read_text()) for path in sorted(results.glob("*-seed*/*.json"))]
+    one = {(row["budget"], row["variant"], row["seed"]): row for row in rows}
     found: dict[str, dict[str, list[Result]]] = {}
-    for folder in sorted((out / "results").glob("*-seed*")):
+    for budget in sorted({key[0] for key in one}, reverse=True):  # steps before minutes
         for name in VARIANTS:
-            if (folder / f"{name}.json").is_file():
-                result = json.loads((folder / f"{name}.json").read_text())
-                found.setdefault(result["budget"], {name: [] for name in VARIANTS})[name].append(result)
-    return {budget: {name: rows for name, rows in variants.items() if rows} for budget, variants in found.items()}
+            own = [row for key, row in sorted(one.items()) if key[:2] == (budget, name)]
+            if own:
+                found.setdefault(budget, {})[name] = own
+    return found
 
 
 def page(found: dict[str, dict[str, list[Result]]]) -> str:
@@ -54,8 +69,8 @@ def page(found: dict[str, dict[str, list[Result]]]) -> str:
             f"## The same {budget}, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}",
             f"{describe(first['machine'])}. {first['count']:,} images a variant beside the held-out ones; features of "
             f"{first['network']}, so that the figures are not to be compared with published ones. Guidance is the best "
-            "of the sweep for each variant, chosen on other images. In brackets the 95 % interval of one seed (bootstrap "
-            "over the images: it says nothing of another training), or the least and largest of several seeds.",
+            "of the sweep for each variant, chosen on other images. In brackets the 95 % interval of one seed "
+            "(bootstrap over images: it says nothing of another training), or the least and largest of several seeds.",
             f"A masked variant spends {1 - MASKED_SHARE:.0%} of the budget on stage 1 and the rest on stage 2; `on "
             f"top` is stage 2 after a whole stage 1: {1 + MASKED_SHARE:.2f} budgets.",
             quality_table(variants), cost_table(variants), "### FID by guidance", guidance_table(variants),
@@ -202,16 +217,16 @@ def _against_time(axes: Any, variants: dict[str, list[Result]]) -> None:
     axes.legend(fontsize=8)
 
 
-def grids(out: Path, found: dict[str, dict[str, list[Result]]]) -> None:
-    """The same classes and seeds from every variant of the first budget's first seed, a row each."""
-    budget, variants = next(iter(found.items()))
-    seed = min(row["seed"] for rows in variants.values() for row in rows)
-    strips = {
-        rows[0]["label"]: out / "results" / f"{budget}-seed{seed}" / f"{name}.png" for name, rows in variants.items()
-    }
-    strips = {label: path for label, path in strips.items() if path.is_file()}
-    if not strips:
+def grids(out: Path, results: Path) -> None:
+    """The same classes and seeds from every variant of this machine's first seed, a row each."""
+    folder = min((path.parent for path in results.glob("*-seed*/*.png")), default=None)
+    if folder is None:
         return
+    strips = {
+        variant.label: folder / f"{name}.png"
+        for name, variant in VARIANTS.items()
+        if (folder / f"{name}.png").is_file()
+    }
     figure = Figure(figsize=(14, 0.8 * len(strips) + 0.4), layout="constrained")
     for axes, (label, path) in zip(np.atleast_1d(figure.subplots(len(strips), 1)), strips.items(), strict=True):
         with Image.open(path) as image:
@@ -219,7 +234,7 @@ def grids(out: Path, found: dict[str, dict[str, list[Result]]]) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_ylabel(label.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=9)
-    figure.suptitle(f"Classes in turn, the same seeds, guidance 1.5; trained with the same {budget}", fontsize=10)
+    figure.suptitle(f"Classes in turn, the same seeds, guidance 1.5 ({folder.name})", fontsize=10)
     temporary = out / "grids.part.png"
     figure.savefig(temporary, dpi=110)
     temporary.replace(out / "grids.png")

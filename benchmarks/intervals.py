@@ -3,8 +3,8 @@
     python benchmarks/intervals.py --images 1000,5000 --markdown intervals.md
     python benchmarks/intervals.py --images 60 --dims 24 --replicates 2          # does the script work?
 
-`sqrtm`: SciPy's root of the product of covariances. `covariance`: the replicate's covariance, and the eigenvalues between
-the roots of the reference. `resampled`: as `hmar-mega evaluate` does it. Features are made up, with a falling spectrum.
+`sqrtm`: SciPy's root of the product of covariances. `covariance`: the replicate's covariance, and the eigenvalues
+between the roots of the reference. `resampled`: as `hmar-mega evaluate` does it. Features are made up.
 CPU time, not wall time, so that a machine shared with others tells the same.
 """
 

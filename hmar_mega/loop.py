@@ -269,6 +269,8 @@ def _evaluate(run: Run) -> None:
         else:
             for _ in range(run.objective.schedule.num_scales):
                 check()
+    if run.metrics is not None and grid_path(run).exists():
+        run.metrics.picture("samples", run.engine.step, grid_path(run))
     if losses is not None:
         _record_validation(run, losses)
     run.progress.evaluation_due = False
