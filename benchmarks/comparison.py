@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer-config", default="tokenizer/fashion-32", help="(default: %(default)s)")
     parser.add_argument("--tokenizer-steps", type=int, help="of its training (default: the configuration's)")
     parser.add_argument("--images", type=int, metavar="N", help="prepare so many training and held-out images at most")
+    parser.add_argument("--held-out", type=int, metavar="N", help="compare with so many held-out images (default: all)")
     parser.add_argument("--count", type=int, default=5000, help="images of a variant's figures (default: %(default)s)")
     parser.add_argument("--sweep-count", type=int, default=1000, help="images a setting (default: %(default)s)")
     parser.add_argument("--bootstrap", type=int, default=20, help="replicates (default: %(default)s)")
@@ -212,7 +213,7 @@ class _Seed:
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def _config(self, name: str, steps: int, folder: Path) -> Config:
+    def _config(self, name: str, steps: int, folder: Path, changes: dict[str, Any] | None = None) -> Config:
         variant, args = VARIANTS[name], self.args
         common = TINY if args.tiny else GPU if self.device.type == "cuda" else CPU
         model = MultiScaleVQVAE.load(self.prepared / "tokenizer", torch.device("cpu"))
@@ -232,7 +233,7 @@ class _Seed:
         if variant.start is not None:
             settings["run.init_from"] = str(self.runs / variant.start)
         written = {key: json.dumps(value) for key, value in settings.items()}
-        return load_config(None, [f"{key}={value}" for key, value in (written | given).items()])
+        return load_config(None, [f"{key}={value}" for key, value in (written | given | (changes or {})).items()])
 
     def _train(self, name: str) -> None:
         """Train a variant, and first what it starts from. Raises TimeUp when it was stopped; it goes on next time."""
@@ -287,9 +288,8 @@ class _Seed:
     def _rate(self, name: str) -> float:
         """Steps a second of a variant."""
         folder = self.runs / f"{name}-calibration"
-        config = self._config(name, 2 * CALIBRATION_STEPS, folder)
-        config.logging.interval = CALIBRATION_STEPS
-        config.eval.num_samples, config.eval.grid_count = config.eval.batch_size, 0
+        few = {"logging.interval": CALIBRATION_STEPS, "eval.num_samples": 16, "eval.grid_count": 0}
+        config = self._config(name, 2 * CALIBRATION_STEPS, folder, few)
         if not self._start(config):
             raise TimeUp
         rows = [row for row in read_metrics(folder) if row["kind"] == "train"]
@@ -304,7 +304,7 @@ class _Seed:
         """Opened when first needed: it looks at all held-out images."""
         if self._judge is None:
             batch = 16 if self.args.tiny else 250
-            self._judge = Judge.of(held_out(self.prepared), self.args.network, self.device, batch)
+            self._judge = Judge.of(held_out(self.prepared)[: self.args.held_out], self.args.network, self.device, batch)
         return self._judge
 
     def _measure(self, name: str) -> None:
