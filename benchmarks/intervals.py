@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", default="1000,5000", help="numbers of images (default: %(default)s)")
     parser.add_argument("--dims", type=int, default=1280, help="features of an image (default: %(default)s)")
     parser.add_argument("--reference", type=int, default=10_000, help="images of the reference (default: %(default)s)")
-    parser.add_argument("--replicates", type=int, default=4, help="replicates to average over (default: %(default)s)")
+    parser.add_argument("--replicates", type=int, default=8, help="replicates to average over (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="write the table")
     args = parser.parse_args(arguments)
     lines = [line for images in args.images.split(",") for line in measure(int(images), args)]

@@ -95,8 +95,7 @@ class FrechetReference:
             seen = rows @ self._factor
             for scatter, counts in zip(scatters, own, strict=True):
                 drawn = counts > 0
-                part = seen[drawn] * counts[drawn, None].sqrt()
-                scatter.addmm_(part.T, part)
+                scatter += _inner_products(seen[drawn] * counts[drawn, None].sqrt())
         totals = self._put(weights).sum(1)
         shifts = sums / totals[:, None]
         roots = []
@@ -110,7 +109,7 @@ class FrechetReference:
         middle, all_weights = self._put(centre), self._put(weights)
         rows = torch.cat([self._put(chunk) - middle for chunk in chunks()])
         seen = rows @ self._factor
-        gram, totals = seen @ seen.T, all_weights.sum(1)
+        gram, totals = _inner_products(seen.T), all_weights.sum(1)
         shifts = all_weights @ rows / totals[:, None]
         roots = []
         for counts, total in zip(all_weights, totals, strict=True):
@@ -131,6 +130,14 @@ class FrechetReference:
 
     def _put(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, torch.float64)
+
+
+def _inner_products(columns: Tensor) -> Tensor:
+    """columnsᵀ columns; on the CPU by NumPy, which makes one half of it and copies the other (BLAS syrk)."""
+    if columns.device.type != "cpu":
+        return columns.T @ columns
+    values = columns.numpy()
+    return torch.from_numpy(values.T @ values)
 
 
 def _root_sum(eigenvalues: Tensor) -> Tensor:
