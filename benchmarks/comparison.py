@@ -64,7 +64,7 @@ CALIBRATION_STEPS = 40
 GRID_IMAGES = 20
 
 #: Left for a stopped run to save, and for the pages, in seconds.
-RESERVE = 20.0
+RESERVE = 30.0
 
 OUT_OF_TIME = "the minutes are over: start the same command again to go on"
 
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, or prepare (default: %(default)s)")
     parser.add_argument("--budget", choices=("steps", "minutes"), default="steps", help="what all variants share")
     parser.add_argument("--steps", type=int, help="of a next-scale variant (default: as VAR does in --seconds)")
-    parser.add_argument("--seconds", type=float, default=50.0, help="of a next-scale variant (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=55.0, help="of a next-scale variant (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, help="trained folder (default: one is trained)")
     parser.add_argument("--tokenizer-config", default="tokenizer/fashion-32", help="(default: %(default)s)")
     parser.add_argument("--tokenizer-steps", type=int, help="of its training (default: the configuration's)")
@@ -187,16 +187,17 @@ class _Seed:
         self._judge: Judge | None = None
 
     def run(self, wanted: list[str]) -> None:
-        """Train and measure one variant after the other, then sweep the masked ones. Raises TimeUp."""
-        shown = [name for name in wanted if name in VARIANTS and VARIANTS[name].shown]
-        for name in shown:
-            if self._result(name) is None:
+        """Train, measure and, where there are masks, sweep one variant after the other. Raises TimeUp."""
+        for name in wanted:
+            if name not in VARIANTS or not VARIANTS[name].shown:
+                continue
+            known = self._result(name)
+            if known is None:
                 self._train(name)
                 self._measure(name)
-                write_pages(self.args.out, self.results, self.args.merge)
-        for name in shown:
-            if VARIANTS[name].masked and "mask_sweep" not in (self._result(name) or {}):
+            if VARIANTS[name].masked and "mask_sweep" not in (known or {}):
                 self._sweep(name)
+            if known is None:
                 write_pages(self.args.out, self.results, self.args.merge)
 
     def _path(self, name: str) -> Path:
