@@ -9,12 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import psutil
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hmar_mega.config import Config
 from hmar_mega.config_io import load_config
+from hmar_mega.devices import peak_memory
 from hmar_mega.errors import UserError
 from hmar_mega.metrics import MetricsLog, read_metrics
 
@@ -102,6 +106,14 @@ def test_a_figure_that_is_not_finite_is_still_a_row(tmp_path):
         log.write("train", 1, {"loss": float("nan")})
     (row,) = read_metrics(tmp_path)
     assert row["loss"] != row["loss"]
+
+
+def test_peak_memory_of_a_cpu_run_is_what_this_process_held():
+    before = peak_memory(torch.device("cpu"))
+    held = np.ones(max(1, before + 2**26 - psutil.Process().memory_info().rss), np.uint8)
+    after = peak_memory(torch.device("cpu"))
+    assert before + 2**25 < after < before + 2**28
+    assert held.all()
 
 
 # TensorBoard
