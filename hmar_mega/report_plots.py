@@ -204,7 +204,9 @@ def _told(rows: Rows) -> Rows:
 def _small_panels(count: int, runs: int) -> tuple[Figure, list[Axes]]:
     height = -(-count // SMALL_PANELS)
     legend = 0.3 * -(-runs // SMALL_PANELS)
-    figure = Figure(figsize=(FIGURE_SIZE[0], SMALL_HEIGHT * height + legend), layout=ConstrainedLayoutEngine())
+    figure = Figure(
+        figsize=(FIGURE_SIZE[0], SMALL_HEIGHT * height + legend), layout=ConstrainedLayoutEngine(hspace=0.06)
+    )
     panels = list(figure.subplots(height, SMALL_PANELS, squeeze=False).flat)
     for axes in panels[count:]:
         axes.set_axis_off()

@@ -241,7 +241,7 @@ def _measure(evaluation: Mapping[str, Any], name: str) -> str:
     if not found:
         return NOTHING
     value, low, high = (found[0][key] for key in ("value", "low", "high"))
-    digits = 2 if abs(value) >= 10 else 3 if abs(value) >= 0.1 or not value else 5
+    digits = 5 if name == "KID" else 2 if abs(value) >= 10 else 3
     interval = "" if low is None else f" ({low:.{digits}f} to {high:.{digits}f})"
     return f"{value:.{digits}f}{interval}"
 
