@@ -21,6 +21,7 @@ from hmar_mega.launchers.cli import add_launcher_parsers
 from hmar_mega.parsers import add_command, add_config_arguments
 from hmar_mega.planning.cli import add_plan_parser
 from hmar_mega.progress import LogHandler
+from hmar_mega.report_cli import add_report_parser
 from hmar_mega.scaling.cli import add_sweep_parser
 from hmar_mega.serving.cli import add_serve_parser
 from hmar_mega.tokenizer.cli import add_tokenizer_parser
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_inference_parsers(commands)
     add_serve_parser(commands)
     add_evaluate_parser(commands)
+    add_report_parser(commands)
     _add_doctor(commands)
     return parser
 

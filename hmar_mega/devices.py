@@ -1,6 +1,11 @@
-"""Which device a command computes on."""
+"""Which device a command computes on, and the memory it took."""
 
 from __future__ import annotations
+
+import re
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
@@ -26,3 +31,18 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
         have = f"only {count} GPU(s)" if count else "no GPU"
         raise UserError(f"device {wanted} was asked for, but this machine has {have}; use cpu or leave it out")
     return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process held at most so far: of a GPU what torch reserved, graphs included; else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        # getrusage would tell the peak of the process that started this one, where that was larger
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    except OSError:
+        found = None
+    if found is not None:
+        return 1024 * int(found[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

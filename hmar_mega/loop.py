@@ -19,6 +19,7 @@ from hmar_mega.checkpoint.saver import CheckpointSaver, Outcome
 from hmar_mega.config import Config
 from hmar_mega.damage_report import DamageReport
 from hmar_mega.data.stream import Loader
+from hmar_mega.devices import peak_memory
 from hmar_mega.engine import Engine, TrainingError
 from hmar_mega.flops import device_peak, train_flops_per_image
 from hmar_mega.fp8_attention import choose_fp8_attention
@@ -212,6 +213,7 @@ def _log_line(run: Run, window: Window, lr: float) -> None:
         "lr": lr,
         "images_per_second": window.images / seconds,
         "data_wait": window.waited / seconds,
+        "peak_memory_bytes": peak_memory(run.dims.device),  # of this rank
         "skipped_steps": engine.skipped,
         "failed_saves": run.saver.failed_saves,
         "substituted_samples": int(sums[1]),
@@ -267,6 +269,8 @@ def _evaluate(run: Run) -> None:
         else:
             for _ in range(run.objective.schedule.num_scales):
                 check()
+    if run.metrics is not None and grid_path(run).exists():
+        run.metrics.picture("samples", run.engine.step, grid_path(run))
     if losses is not None:
         _record_validation(run, losses)
     run.progress.evaluation_due = False

@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
+
+from hmar_mega.config_io import config_to_yaml
 from hmar_mega.errors import UserError
 from hmar_mega.files import write_atomic
 
@@ -36,6 +40,8 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+            if not resumed_step:
+                self._tensorboard.add_text("config", f"```yaml\n{config_to_yaml(config)}```", 0)
         self._wandb = _start_wandb(run, config) if config.logging.wandb != "off" else None
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
@@ -58,6 +64,20 @@ class MetricsLog:
                 self._tensorboard = None
         if self._wandb is not None:
             self._wandb.log(flat, step=step)
+
+    def picture(self, name: str, step: int, path: Path) -> None:
+        """Show an image file where figures are plotted; without TensorBoard and wandb, the file itself is all."""
+        if self._tensorboard is not None:
+            try:
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+            except OSError as err:
+                log.warning("step %d | %s is not shown in TensorBoard: %s", step, path, err)
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
 
     def close(self) -> None:
         """Flush and finish everything."""

@@ -1,4 +1,4 @@
-"""The paper the demo's report is written on: the HTML frame, its style sheet, and the pieces it is put together from.
+"""The paper that reports are written on: the HTML frame, its style sheet, and the pieces it is put together from.
 
 Every function takes plain text and escapes it, but for arguments called `markup`, which are HTML already.
 """
@@ -58,6 +58,8 @@ figcaption { margin-top: .45rem; }
 img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 4px; }
 img.pixels { image-rendering: crisp-edges; image-rendering: pixelated; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.6rem 2.4rem; align-items: flex-start; }
+.grids { display: grid; grid-template-columns: repeat(4, 1fr); gap: .8rem 1rem; margin-bottom: 1.4rem; }
+.grids img { width: 100%; }
 .sheet { display: grid; grid-template-columns: max-content minmax(0, max-content); gap: 0 .8rem; }
 .sheet > div { display: grid; grid-auto-rows: 1fr; align-items: center; text-align: right; font-size: .85rem;
   color: var(--soft); }
@@ -69,7 +71,10 @@ pre { margin: .3rem 0 1.1rem; padding: .7rem .9rem; background: var(--card); bor
   white-space: pre-wrap; overflow-wrap: anywhere; }
 pre code { display: block; font: inherit; padding-left: 2ch; text-indent: -2ch; }
 .step { margin: 0; }
-@media (max-width: 680px) { .headline { grid-template-columns: 1fr; } .columns { grid-template-columns: 1fr; } }
+.wide { overflow-x: auto; overflow-y: hidden; margin-bottom: 1rem; }
+.wide td { overflow-wrap: anywhere; min-width: 7.5rem; }
+@media (max-width: 680px) { .headline { grid-template-columns: 1fr; } .columns { grid-template-columns: 1fr; }
+  .grids { grid-template-columns: repeat(2, 1fr); } .wide .plot { width: 760px; } main { padding-top: 1.2rem; } }
 @media print { main { max-width: none; } h2, figure, table, pre { break-inside: avoid; } }
 """
 

@@ -1,4 +1,4 @@
-"""The curves of the demo's report: rows of metrics.jsonl → SVG that takes its ink from the page around it.
+"""The curves of reports: rows of metrics.jsonl → SVG that takes its ink from the page around it.
 
 Drawn with matplotlib's figure object alone, so that no global backend is chosen. K is the number of scales.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -31,6 +31,20 @@ PAGE_COLOURS = {INK: "currentColor", LINE: "var(--line)"}
 #: Colours of middle lightness, readable on white and on black.
 TRAINING, VALIDATION = "#3b7dd8", "#d9822b"
 SCALE_COLOURS = LinearSegmentedColormap.from_list("scales", [TRAINING, "#b0539c", VALIDATION])
+
+#: A colour a run, of middle lightness too; they come again after the last.
+RUN_COLOURS = (TRAINING, VALIDATION, "#2f9e6e", "#b0539c", "#c44e52", "#7a6fd0", "#8c8c3a", "#3aa6a6")
+
+#: Panels in a row of small ones, and the height of such a row in inches.
+SMALL_PANELS, SMALL_HEIGHT = 4, 2.3
+
+#: What training cost, beside its loss: key of a row, title, label of the axis, what it is divided by.
+RESOURCES = (
+    ("images_per_second", "Throughput", "images/s", 1.0),
+    ("peak_memory_bytes", "Memory of the first process", "peak, GB", 1e9),
+    ("lr", "Learning rate", "× 10⁻³", 1e-3),
+    ("grad_norm", "Gradient norm", "before clipping", 1.0),
+)
 
 #: Curves of at most this many points show each of them.
 FEW_POINTS = 15
@@ -138,6 +152,77 @@ def stage_curves(
         ]
         _scale_legend(scales, len(patch_nums), handles=handles)
         return _svg(figure, f"{name}: training and validation cross-entropy, of all scales and of each, over steps")
+
+
+def comparison_curves(runs: Mapping[str, Rows], patch_nums: Sequence[int], masked: Collection[str] = ()) -> str:
+    """Cross-entropy of several runs over their steps, of all tokens and of each scale, a small panel each.
+
+    Args:
+        runs: name → rows of metrics.jsonl as for `stage_curves`; of a run that was never validated, the training rows.
+        patch_nums: side of each scale's token map, the same in all runs.
+        masked: runs that predict masked tokens, whose lines are dashed.
+
+    Returns:
+        One `<svg>` element.
+    """
+    told = {name: _told(rows) for name, rows in runs.items()}
+    with matplotlib.rc_context(STYLE):
+        figure, panels = _small_panels(1 + len(patch_nums), len(runs))
+        _label(panels[0], "All scales", "nats per token")
+        for k in range(len(patch_nums)):
+            _label(panels[1 + k], _scale_name(k, patch_nums).capitalize(), "nats per token" if (1 + k) % 4 == 0 else "")
+        for (name, rows), colour in zip(told.items(), _run_colours(len(runs)), strict=True):
+            total = [(row["step"], row.get("all_scales", row.get("loss"))) for row in rows]
+            for axes, points in zip(
+                panels, [total, *(_of_scale(rows, k) for k in range(len(patch_nums)))], strict=True
+            ):
+                _curve(axes, *_columns(points), colour, validation=name in masked)
+        _run_legend(figure, list(runs), masked)
+        return _svg(figure, f"Validation cross-entropy of {', '.join(runs)}, of all scales and of each, over steps")
+
+
+def resource_curves(runs: Mapping[str, Rows]) -> str:
+    """Images a second, memory, learning rate and gradient norm of runs over their steps, as one `<svg>` element."""
+    with matplotlib.rc_context(STYLE):
+        figure, panels = _small_panels(len(RESOURCES), len(runs))
+        for axes, (key, title, label, unit) in zip(panels, RESOURCES, strict=True):
+            _label(axes, title, label)
+            for rows, colour in zip(runs.values(), _run_colours(len(runs)), strict=True):
+                points = [(row["step"], row[key] / unit) for row in rows if row["kind"] == "train" and key in row]
+                _curve(axes, *_columns(points), colour)
+            axes.set_ylim(0, 1.08 * axes.dataLim.y1 if axes.has_data() else 1)
+        if len(runs) > 1:
+            _run_legend(figure, list(runs))
+        return _svg(figure, "Throughput, memory, learning rate and gradient norm over steps")
+
+
+def _told(rows: Rows) -> Rows:
+    """Validation rows, or training rows where there is none."""
+    return [row for row in rows if row["kind"] == "val"] or [row for row in rows if row["kind"] == "train"]
+
+
+def _small_panels(count: int, runs: int) -> tuple[Figure, list[Axes]]:
+    height = -(-count // SMALL_PANELS)
+    legend = 0.3 * -(-runs // SMALL_PANELS)
+    figure = Figure(
+        figsize=(FIGURE_SIZE[0], SMALL_HEIGHT * height + legend), layout=ConstrainedLayoutEngine(hspace=0.06)
+    )
+    panels = list(figure.subplots(height, SMALL_PANELS, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
+
+
+def _run_colours(count: int) -> list[str]:
+    return [RUN_COLOURS[i % len(RUN_COLOURS)] for i in range(count)]
+
+
+def _run_legend(figure: Figure, names: list[str], masked: Collection[str] = ()) -> None:
+    handles = [
+        Line2D([], [], color=colour, label=name, linestyle="--" if name in masked else "-")
+        for name, colour in zip(names, _run_colours(len(names)), strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(SMALL_PANELS, len(names)))
 
 
 def _figure() -> Figure:

@@ -123,7 +123,8 @@ def _sample(args: argparse.Namespace, result: dict[str, Any], rank: int, world: 
 
 def _measure(args: argparse.Namespace, images: Path, result: dict[str, Any], rank: int, world: int) -> None:
     """Extract what is missing, on every process, and put the figures into `result` on the first."""
-    network = open_network(args.network, args.weights, _device(args.device))
+    device = _device(args.device)
+    network = open_network(args.network, args.weights, device)
     fit = Fit(args.resize, args.grayscale)
     source = open_images(images, fit)
     check_count(len(source), str(images))
@@ -148,7 +149,7 @@ def _measure(args: argparse.Namespace, images: Path, result: dict[str, Any], ran
     fake = gather(own.read(), len(source))
     if theirs is not None:
         real = gather(theirs.read(), len(theirs.source))
-    measures = measure(own.read, fake, real, args.bootstrap)
+    measures = measure(own.read, fake, real, args.bootstrap, device)
     result.update(_summary(network, args, fake, real), measures=[dataclasses.asdict(m) for m in measures])
     if args.save_stats is not None:
         save_statistics(args.save_stats, fake, network)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
 
 from hmar_mega.errors import UserError
 from hmar_mega.evaluation.distances import (
@@ -16,7 +18,6 @@ from hmar_mega.evaluation.distances import (
     kernel_distance,
     manifold_coverage,
 )
-from hmar_mega.evaluation.moments import Moments
 from hmar_mega.evaluation.statistics import Statistics
 
 #: Below it FID is biased upwards by more than papers differ.
@@ -59,7 +60,9 @@ def check_count(count: int, what: str) -> None:
         raise UserError(f"{what} has {count} images; at least {FEWEST} are needed, and {ENOUGH} for a figure to trust")
 
 
-def measure(chunks: Chunks, fake: Statistics, real: Statistics | None, replicates: int) -> list[Measure]:
+def measure(
+    chunks: Chunks, fake: Statistics, real: Statistics | None, replicates: int, device: torch.device | None = None
+) -> list[Measure]:
     """Every measure.
 
     Intervals tell how much figures vary with the draw of the images that are measured. The reference is taken as it
@@ -71,14 +74,15 @@ def measure(chunks: Chunks, fake: Statistics, real: Statistics | None, replicate
         fake: their statistics.
         real: of the reference; None: only what needs none.
         replicates: bootstrap replicates; 0: no intervals.
+        device: of the linear algebra, in float64; default the CPU.
 
     Raises:
         UserError: when the reference's statistics have other dims.
     """
-    measures = _distances(chunks, fake, real, replicates) if real is not None else []
+    measures = _distances(chunks, fake, real, replicates, device) if real is not None else []
     measures.append(_score(chunks, replicates))
     if real is not None:
-        measures += _of_features(fake, real, replicates)
+        measures += _of_features(fake, real, replicates, device)
     return measures
 
 
@@ -101,7 +105,9 @@ def warnings_for(fake: Statistics, real: Statistics | None) -> list[str]:
     return told
 
 
-def _distances(chunks: Chunks, fake: Statistics, real: Statistics, replicates: int) -> list[Measure]:
+def _distances(
+    chunks: Chunks, fake: Statistics, real: Statistics, replicates: int, device: torch.device | None
+) -> list[Measure]:
     kinds = [("FID", "pooled", (real.mean, real.covariance), (fake.mean, fake.covariance))]
     spatial = real.spatial_mean, real.spatial_covariance, fake.spatial_mean, fake.spatial_covariance
     if not any(part is None for part in spatial):
@@ -112,26 +118,17 @@ def _distances(chunks: Chunks, fake: Statistics, real: Statistics, replicates: i
     for name, field, theirs, ours in kinds:
         if len(theirs[0]) != len(ours[0]):
             raise UserError(f"the reference has {len(theirs[0])} {field} features, the network gives {len(ours[0])}")
-        reference = FrechetReference(*theirs)
-        drawn = [reference.distance(m.mean, m.covariance) for m in _replicates(chunks, field, weights)]
-        measures.append(_measure(name, reference.distance(*ours), drawn, f"{fake.count} images"))
+        reference = FrechetReference(*theirs, device)
+        value = reference.distance(*ours)
+        drawn = reference.resampled(partial(_field, chunks, field), weights, ours[0])
+        measures.append(_measure(name, value, drawn, f"{fake.count} images"))
     if len(kinds) == 1:
         measures.append(Measure("sFID", None, note="the reference has no spatial statistics"))
     return measures
 
 
-def _replicates(chunks: Chunks, field: str, weights: np.ndarray) -> Iterator[Moments]:
-    """The moments of each replicate, a pass over the features each, so that only one covariance is in memory."""
-    for own in weights:
-        total: Moments | None = None
-        start = 0
-        for chunk in chunks():
-            stop = start + len(chunk[field])
-            moments = Moments.of(chunk[field], own[start:stop])
-            total = moments if total is None else total.merged(moments)
-            start = stop
-        assert total is not None
-        yield total
+def _field(chunks: Chunks, name: str) -> Iterator[np.ndarray]:
+    return (chunk[name] for chunk in chunks())
 
 
 def _score(chunks: Chunks, replicates: int) -> Measure:
@@ -143,19 +140,19 @@ def _score(chunks: Chunks, replicates: int) -> Measure:
     return _measure("IS", scores[0], scores[1:], f"{len(logs)} images, {SPLITS} splits")
 
 
-def _of_features(fake: Statistics, real: Statistics, replicates: int) -> list[Measure]:
+def _of_features(fake: Statistics, real: Statistics, replicates: int, device: torch.device | None) -> list[Measure]:
     names = ("KID", "precision", "recall")
     if fake.features is None or real.features is None:
         return [Measure(name, None, note="the reference has no features, only statistics") for name in names]
     fakes, reals = len(fake.features), len(real.features)
     weights = bootstrap_weights(fakes, replicates)
     note = f"{fakes} images, {reals} of the reference"
-    distances = kernel_distance(fake.features, real.features, weights)
+    distances = kernel_distance(fake.features, real.features, weights, device)
     measures = [_measure("KID", distances[0], distances[1:], note)]
     for name, points, manifold in (
         ("precision", fake.features, real.features), ("recall", real.features, fake.features),
     ):  # fmt: skip
-        inside = manifold_coverage(points, manifold)
+        inside = manifold_coverage(points, manifold, device=device)
         shares = bootstrap_weights(len(points), replicates) @ inside / len(points)
         measures.append(_measure(name, shares[0], shares[1:], f"{note}, {NEIGHBOURS} neighbours"))
     return measures

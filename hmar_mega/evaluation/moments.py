@@ -9,39 +9,29 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Moments:
-    """Of n feature vectors, each with a weight.
+    """Of n feature vectors.
 
     Attributes:
-        count: Σ weights; n where none were given.
+        count: n.
         mean: (D,) float64.
-        scatter: (D, D) float64, Σ w (x − mean)(x − mean)ᵀ.
+        scatter: (D, D) float64, Σ (x − mean)(x − mean)ᵀ.
     """
 
-    count: float
+    count: int
     mean: np.ndarray
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray, weights: np.ndarray | None = None) -> Moments:
-        """The moments of one chunk.
-
-        Args:
-            features: (n, D), any float.
-            weights: (n,) how often each row counts; None: once.
-        """
+    def of(cls, features: np.ndarray) -> Moments:
+        """The moments of one chunk; features: (n, D), any float, n at least 1."""
         values = features.astype(np.float64)
-        if weights is None:
-            weights = np.ones(len(values))
-        count = float(weights.sum())
-        mean = weights @ values / count if count else np.zeros(values.shape[1])
+        mean = values.mean(0)
         centred = values - mean
-        return cls(count, mean, (centred * weights[:, None]).T @ centred)
+        return cls(len(values), mean, centred.T @ centred)
 
     def merged(self, other: Moments) -> Moments:
         """The moments of both sets: the pairwise update of Chan, Golub and LeVeque (1979)."""
         count = self.count + other.count
-        if not count:
-            return self
         step = other.mean - self.mean
         mean = self.mean + step * (other.count / count)
         between = np.outer(step, step) * (self.count * other.count / count)

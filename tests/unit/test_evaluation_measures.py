@@ -38,6 +38,11 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     return FrechetReference(mean_1, cov_1).distance(mean_2, cov_2)
 
 
+def sqrtm(product: np.ndarray) -> np.ndarray:
+    root: np.ndarray = scipy.linalg.sqrtm(product).real
+    return root
+
+
 def moments_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.astype(np.float64).mean(0), np.cov(values.astype(np.float64), rowvar=False)
 
@@ -50,20 +55,26 @@ def test_merged_moments_are_those_of_all_rows():
     np.testing.assert_allclose(merged.covariance, covariance, rtol=1e-10, atol=1e-10)
 
 
-def test_weights_repeat_rows():
-    weights = bootstrap_weights(len(FAKE), 1, seed=3)[1]
-    assert weights.sum() == len(FAKE)
-    assert weights.max() > 1
-    again = Moments.of(np.repeat(FAKE, weights.astype(int), axis=0))
-    weighted = Moments.of(FAKE, weights)
-    np.testing.assert_allclose(weighted.covariance, again.covariance, rtol=1e-10, atol=1e-10)
+# the first has more images than dims, also among those drawn; the others fewer, or a reference of low rank
+@pytest.mark.parametrize(("fakes", "reals"), [(300, 280), (20, 280), (300, 10)])
+def test_a_resampled_distance_is_that_of_the_repeated_rows(fakes, reals, monkeypatch):
+    monkeypatch.setattr("hmar_mega.evaluation.distances.TOGETHER", 2)
+    own, weights = FAKE[:fakes] + 50, bootstrap_weights(fakes, 3, seed=3)
+    assert weights[1:].max() > 1
+    mean, covariance = moments_of(REAL[:reals] + 50)
+    centre = own.mean(0) + 0.5  # need not be the mean
+    chunks = [own[i : i + 64] for i in range(0, fakes, 64)]
+    found = FrechetReference(mean, covariance).resampled(lambda: chunks, weights, centre)
+    repeated = [moments_of(np.repeat(own, counts.astype(int), axis=0)) for counts in weights]
+    expected = [((mean - m) ** 2).sum() + np.trace(covariance + c - 2 * sqrtm(covariance @ c)) for m, c in repeated]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert FrechetReference(mean, covariance).resampled(lambda: chunks, weights[:0], centre).shape == (0,)
 
 
 @pytest.mark.parametrize("count", [300, 15])  # of 24 dims: the second covariance is singular
 def test_frechet_distance_is_that_of_scipys_matrix_root(count):
     (mean_1, cov_1), (mean_2, cov_2) = moments_of(FAKE[:count]), moments_of(REAL)
-    root = scipy.linalg.sqrtm(cov_1 @ cov_2).real
-    expected = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2 - 2 * root)
+    expected = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2 - 2 * sqrtm(cov_1 @ cov_2))
     assert frechet_distance(mean_1, cov_1, mean_2, cov_2) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(mean_1, cov_1, mean_1, cov_1) == pytest.approx(0, abs=1e-6 * np.trace(cov_1))
 

@@ -9,11 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import psutil
 import pytest
+import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hmar_mega.config import Config
 from hmar_mega.config_io import load_config
+from hmar_mega.devices import peak_memory
 from hmar_mega.errors import UserError
 from hmar_mega.metrics import MetricsLog, read_metrics
 
@@ -103,6 +108,14 @@ def test_a_figure_that_is_not_finite_is_still_a_row(tmp_path):
     assert row["loss"] != row["loss"]
 
 
+def test_peak_memory_of_a_cpu_run_is_what_this_process_held():
+    before = peak_memory(torch.device("cpu"))
+    held = np.ones(max(1, before + 2**26 - psutil.Process().memory_info().rss), np.uint8)
+    after = peak_memory(torch.device("cpu"))
+    assert before + 2**25 < after < before + 2**28
+    assert held.all()
+
+
 # TensorBoard
 
 
@@ -115,9 +128,22 @@ def test_numbers_and_lists_of_numbers_become_curves(tmp_path):
     assert scalars(tmp_path, "train/scale_loss/2") == [(1, 5.0), (2, 4.0)]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
+    assert b"pattern: block_diagonal" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert set(events.Tags()["scalars"]) == {
         "train/loss", "train/images", "train/scale_loss/1", "train/scale_loss/2", "val/all_scales",
     }  # fmt: skip
+
+
+def test_sample_grids_are_shown_in_tensorboard_and_a_missing_one_is_told(tmp_path, caplog):
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "grid.png")
+    with metrics_log(tmp_path, *BOARD) as log:
+        log.picture("samples", 7, tmp_path / "grid.png")
+        log.picture("samples", 8, tmp_path / "absent.png")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (shown,) = events.Images("samples")
+    assert (shown.step, shown.width, shown.height) == (7, 6, 4)
+    assert "absent.png is not shown in TensorBoard" in caplog.text
 
 
 def test_after_a_resume_the_curves_show_no_step_twice(tmp_path):
@@ -147,12 +173,15 @@ def clean_wandb(monkeypatch) -> Iterator[ModuleType]:
 @pytest.mark.slow
 def test_wandb_offline_writes_a_run_below_the_run_directory(tmp_path, clean_wandb):
     run = tmp_path / "my-run"
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "grid.png")
     with metrics_log(run, *OFFLINE) as log:
         log.write("train", 1, {"loss": 4.5625, "scale_loss": [4.0, 5.0]})
         log.write("train", 2, {"loss": 4.25, "scale_loss": [3.0, 6.0625]})
+        log.picture("samples", 2, tmp_path / "grid.png")
     clean_wandb.teardown()  # waits for wandb's own process, as the end of a program does
     (folder,) = run.glob("wandb/offline-run-*")
     (stored,) = folder.glob("run-*.wandb")
+    assert len(list(folder.glob("files/media/images/samples_*.png"))) == 1
     data = stored.read_bytes()  # protocol buffers, not compressed
     for expected in (b"train/loss", b"4.5625", b"train/scale_loss/2", b"6.0625", b"my-run", b"block_diagonal"):
         assert expected in data, expected
