@@ -35,15 +35,13 @@ from hmar_mega.evaluation.networks import FeatureNetwork, open_network
 from hmar_mega.inference import ImageModel, load_model
 from hmar_mega.inference.generation import to_bytes
 from hmar_mega.inference.graphs import ImageSampler
-from hmar_mega.inference.quantize import quantized
+from hmar_mega.inference.quantize import DEFAULT_PARTS, quantized
 from hmar_mega.model import layers_quantized
 from hmar_mega.model.layers_quantized import PARTS, Format, Part, linears_of, quantize_linears
 from hmar_mega.sequence import teacher_input
 
-#: Rows of `quality` beside the float formats: to what, and which parts.
-VARIANTS: tuple[tuple[Format, tuple[Part, ...]], ...] = tuple(
-    (to, parts) for to in get_args(Format) for parts in (("blocks",), ("blocks", "adaln"), PARTS)
-)
+#: Rows of `quality` beside the float formats: which parts are quantized, to either format.
+CHOICES: tuple[tuple[Part, ...], ...] = (("blocks",), ("blocks", "adaln"), PARTS)
 
 #: Images that go through the model, and through the feature network, at once.
 BATCH = 50
@@ -76,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     quality.add_argument("--reference", type=Path, metavar="REF", help="image shards or folder for FID and KID")
     quality.add_argument("--images", type=int, default=1000, help="images for FID and KID (default: %(default)s)")
+    quality.add_argument("--reference-images", type=int, metavar="N", help="the first N of them (default: all)")
+    quality.add_argument("--all-parts", action="store_true", help="also other parts than quantize takes by default")
     quality.add_argument("--network", default="efficientnet-lite0", help="or pixels (default: %(default)s)")
     quality.set_defaults(run=run_quality)
     speed = commands.add_parser("speed", help="latency of models and linears of published sizes")
@@ -103,14 +103,15 @@ def run_quality(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     real, network = None, None
     if args.reference is not None:
         network = open_network(args.network, None, plain.device)
-        real = reference_features(network, args.reference)
+        real = reference_features(network, args.reference, args.reference_images)
         results |= {"network": network.label, "reference_images": len(real), "images": args.images}
     rows: list[dict[str, Any]] = []
     results["rows"] = rows
     makers: list[tuple[str, Any]] = [
         ("fp32", lambda: plain), ("bf16", lambda: load_model(args.model, args.device, torch.bfloat16, graphs=False)),
     ]  # fmt: skip
-    makers += [(f"{to}: {', '.join(parts)}", _maker(args, to, parts)) for to, parts in VARIANTS]
+    choices = CHOICES if args.all_parts else (DEFAULT_PARTS,)
+    makers += [(f"{to}: {', '.join(p)}", _maker(args, to, p)) for to in get_args(Format) for p in choices]
     for name, make in makers:
         model = make()
         row = {"name": name, "bytes": weight_bytes(model), **agreement(model, truth)}
@@ -151,12 +152,13 @@ def logit_errors(found: Tensor, truth: Tensor) -> dict[str, float]:
     }  # fmt: skip
 
 
-def reference_features(network: FeatureNetwork, path: Path) -> np.ndarray:
-    """(n, D) pooled features of all images at `path`."""
+def reference_features(network: FeatureNetwork, path: Path, limit: int | None) -> np.ndarray:
+    """(n, D) pooled features of the images at `path`, or the first `limit` of them."""
     source = open_images(path, Fit(None, False))
+    count = min(limit or len(source), len(source))
     parts = [
-        network.extract(torch.from_numpy(source.read(i, min(i + BATCH, len(source))))).pooled.numpy()
-        for i in range(0, len(source), BATCH)
+        network.extract(torch.from_numpy(source.read(i, min(i + BATCH, count)))).pooled.numpy()
+        for i in range(0, count, BATCH)
     ]
     return np.concatenate(parts)
 

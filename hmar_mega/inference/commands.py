@@ -247,3 +247,25 @@ def quantize(args: argparse.Namespace) -> None:
         f"{args.to} of {', '.join(parts)}, the rest {sizes.rest}: {sizes.before / 1e6:,.1f} MB → "
         f"{sizes.after / 1e6:,.1f} MB of weights in {args.out}"
     )
+
+
+def export_programs(args: argparse.Namespace) -> None:
+    """Write a model's programs for another runtime, and say how far off they are."""
+    from hmar_mega.inference.deploy import deploy  # imports torch's exporters
+
+    refuse_options(
+        f"programs are float32, and those of unfinished runs are exported too (--format {args.format})",
+        dtype=args.dtype, allow_unfinished=args.allow_unfinished,
+    )  # fmt: skip
+    if args.format != "torch-export":
+        refuse_options("generate.pt2, whose batch it is, is part of torch-export alone", batch=args.batch)
+    if args.format != "aoti":
+        refuse_options(f"{args.format} programs are made on the CPU and bound to no device", device=args.device)
+    device = args.device if args.format == "aoti" else "cpu"
+    model = open_model(args.run_dir, device, torch.float32, args.ema, args.checkpoint, args.tokenizer)
+    for name, done in deploy(model, args.out, args.format, 1 if args.batch is None else args.batch).items():
+        given, made = (", ".join(f"{k} {v}" for k, v in io.items()) for io in (done.inputs, done.outputs))
+        print(
+            f"{name}: {args.out / done.file} ({model.device.type}), {given} → {made}; loaded back, images are at most "
+            f"{done.max_error:.1e} off"
+        )
