@@ -19,7 +19,7 @@ import torch
 from common import DTYPES, add_output_options, describe, machine, markdown_table, write_results
 from torch import Tensor
 
-from hmar_mega.inference import load_model
+from hmar_mega.inference import ImageModel, load_model
 from hmar_mega.inference.decoding import ImageDecoder
 from hmar_mega.inference.graphs import ImageProgram
 from hmar_mega.inference.packed import PackedState
@@ -64,13 +64,17 @@ def reference(folder: Path, count: int, device: str | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@torch.inference_mode()
 def compare(folder: Path, name: str, device: str | None, truth: dict[str, Any]) -> dict[str, Any]:
     """A row of the table."""
     dtype = DTYPES[name]
-    model = load_model(folder, device, dtype, dtype)
+    return {"precision": name, **agreement(load_model(folder, device, dtype, dtype), truth)}
+
+
+@torch.inference_mode()
+def agreement(model: ImageModel, truth: dict[str, Any]) -> dict[str, float]:
+    """What a model on the fast path has in common with `reference`."""
     settings, labels, seeds = model.sample_settings(), truth["labels"], truth["seeds"]
-    program = ImageProgram(model.model, ImageDecoder(model.tokenizer, dtype))
+    program = ImageProgram(model.model, ImageDecoder(model.tokenizer, model.decoder.dtype))
     tokens, sampled = program(labels, seeds, settings)
     same = tokens == truth["tokens"]
     alike = same.all(1)
@@ -84,7 +88,7 @@ def compare(folder: Path, name: str, device: str | None, truth: dict[str, Any]) 
         wanted = truth["tokens"][:, model.schedule.span(scale)]
         hits, total = hits + int((drawn == wanted).sum()), total + wanted.numel()
     return {
-        "precision": name, "draws": hits / total, "tokens": float(same.float().mean()),
+        "draws": hits / total, "tokens": float(same.float().mean()),
         "images": float(alike.float().mean()), "decoder_psnr": psnr(pixels, truth["images"]),
         "image_psnr": psnr(sampled[alike], truth["images"][alike]) if bool(alike.any()) else math.nan,
     }  # fmt: skip

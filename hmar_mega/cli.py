@@ -13,7 +13,7 @@ from hmar_mega import __version__
 from hmar_mega.checkpoint.cli import add_checkpoint_parser
 from hmar_mega.checkpoint.convert_cli import add_convert_parser
 from hmar_mega.data.cli import add_data_parser
-from hmar_mega.errors import UserError
+from hmar_mega.errors import UserError, refuse_options
 from hmar_mega.evaluation.cli import add_evaluate_parser
 from hmar_mega.inference.cli import add_inference_parsers
 from hmar_mega.interrupts import Interrupts
@@ -163,29 +163,43 @@ def _run_train(args: argparse.Namespace) -> int:
 
 def _add_export(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
     parser = add_command(
-        commands, "export", "write a run's model for one GPU: model.safetensors, config.json, tokenizer/", "",
-        "  hmar-mega export runs/d16-masked models/d16",
-    )  # fmt: skip
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+        commands,
+        "export",
+        "write a run's model for one GPU, or a model for other runtimes",
+        "Write a run's model as model.safetensors, config.json and tokenizer/, which sample, edit and evaluate take;\n"
+        "or with --format programs for other runtimes, which are loaded back and compared with the model:\n"
+        "torch-export (decoder.pt2 and generate.pt2, the whole of sampling), onnx (decoder.onnx), aoti (decoder.pt2,\n"
+        "compiled for the device).",
+        "  hmar-mega export runs/d16-masked models/d16\n  hmar-mega export models/d16 deploy/d16 --format onnx",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory; with --format also an exported model")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder")
     parser.add_argument(
         "--checkpoint", default="latest", help="latest (default), best, or a name such as step-00001000"
     )
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="number format (default: fp32)"
-    )
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="number format (default: fp32)")
     parser.add_argument("--tokenizer", type=Path, help="folder of the run's tokenizer, if it has moved")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights (optim.ema_decay)")
     parser.add_argument("--allow-unfinished", action="store_true", help="export even if training has not ended")
+    parser.add_argument("--format", choices=("torch-export", "onnx", "aoti"), help="of programs for other runtimes")
+    parser.add_argument("--batch", type=int, help="torch-export: images of a call of generate.pt2 (default: 1)")
+    parser.add_argument("--device", help="aoti: to compile for (default: the first GPU, else the CPU)")
     parser.set_defaults(run=_run_export)
 
 
 def _run_export(args: argparse.Namespace) -> int:
+    if args.format is not None:
+        from hmar_mega.inference.commands import export_programs
+
+        export_programs(args)
+        return 0
     from hmar_mega.checkpoint.export import export_run
 
+    refuse_options("they are of programs for other runtimes (--format)", batch=args.batch, device=args.device)
+    dtype = args.dtype or "fp32"
     settings = export_run(
-        args.run_dir, args.out, args.checkpoint, args.dtype, args.allow_unfinished, args.tokenizer, args.ema
+        args.run_dir, args.out, args.checkpoint, dtype, args.allow_unfinished, args.tokenizer, args.ema
     )
     branches = "next-scale and mask branches" if settings["mask_branch"] else "next-scale branch"
-    print(f"exported step {settings['trained']['step']} of {args.run_dir} to {args.out}: {branches}, {args.dtype}")
+    print(f"exported step {settings['trained']['step']} of {args.run_dir} to {args.out}: {branches}, {dtype}")
     return 0

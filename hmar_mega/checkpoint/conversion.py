@@ -22,7 +22,7 @@ from hmar_mega.checkpoint.published import Kind, ModelShape
 from hmar_mega.checkpoint.published_files import WeightFile, check_space, map_safetensors
 from hmar_mega.checkpoint.resize import resize_levels, resize_positions
 from hmar_mega.checkpoint.shards import write_shard
-from hmar_mega.checkpoint.sources import EMA, CheckpointReader
+from hmar_mega.checkpoint.sources import EMA, CheckpointReader, refuse_quantized
 from hmar_mega.config import EvalConfig, ModelConfig
 from hmar_mega.config_io import parse_config
 from hmar_mega.errors import UserError
@@ -156,6 +156,7 @@ def read_export(folder: Path) -> Model:
         settings = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as err:
         raise UserError(f"{folder} is not an exported model ({err})") from None
+    refuse_quantized(folder, settings)
     return _ours(folder, map_safetensors(folder / "model.safetensors"), settings, folder / "tokenizer")
 
 

@@ -233,18 +233,29 @@ def open_weights(path: str | Path, verify: bool = True) -> WeightSource:
     """
     path = Path(path)
     if (path / "model.safetensors").is_file():
-        return ExportReader(path)
+        reader = ExportReader(path)
+        refuse_quantized(path, reader.settings)
+        return reader
     found: Path | None = path
     if not all((path / name).is_file() for name in JSON_FILES):
         found = find_checkpoint(path)
     if found is not None:
-        reader = CheckpointReader(found)
+        checkpoint = CheckpointReader(found)
         if verify:
-            reader.verify()
-        return reader
+            checkpoint.verify()
+        return checkpoint
     raise UserError(
         f"{path} holds no weights: expected a run directory with checkpoints/, a checkpoint folder or an exported model"
     )
+
+
+def refuse_quantized(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise UserError for an export of 8-bit weights where float ones are wanted."""
+    if "quantization" in settings:
+        raise UserError(
+            f"{folder} holds weights quantized to {settings['quantization']['to']}, which can be sampled and nothing "
+            "else; name the model or run that it was made of"
+        )
 
 
 def find_checkpoint(run: Path, which: str = LATEST) -> Path | None:

@@ -1,4 +1,4 @@
-"""What `hmar-mega sample` and `hmar-mega edit` do with files."""
+"""What `hmar-mega sample`, `edit` and `quantize` do with files."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from hmar_mega.inference.generation import Generation, Request
 from hmar_mega.inference.opening import open_model
 from hmar_mega.inference.options import ClassNames, class_names, parse_cfg, parse_mask_schedule, read_requests
 from hmar_mega.inference.pipeline import ImageModel, image_seeds
+from hmar_mega.inference.quantize import CALIBRATION_IMAGES, quantize_folder
 from hmar_mega.inference.sampler import SampleSettings
 
 #: Images of a grid, or versions of an edit, sampled at once.
@@ -232,3 +233,44 @@ def _canvas(args: argparse.Namespace, model: ImageModel) -> Canvas:
     if args.box is not None:
         return boxed_canvas(image, parse_box(args.box), resolution, exact)
     return outpaint_canvas(image, parse_room(args.outpaint, resolution), resolution)
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """Quantize a model, and say what it came to."""
+    parts = tuple(part.strip() for part in args.parts.split(","))
+    if args.to == "int8":
+        why = "int8 quantizes weights alone, which need no calibration"
+        refuse_options(
+            why, calibrate=args.calibrate, classes=args.classes, seed=args.seed, class_names=args.class_names
+        )
+    sizes = quantize_folder(
+        args.model, args.out, args.to, parts,
+        CALIBRATION_IMAGES if args.calibrate is None else args.calibrate, args.classes, args.seed or 0,
+        args.class_names, args.dtype, args.device, args.ema, args.checkpoint, args.tokenizer,
+    )  # fmt: skip
+    print(
+        f"{args.to} of {', '.join(parts)}, the rest {sizes.rest}: {sizes.before / 1e6:,.1f} MB → "
+        f"{sizes.after / 1e6:,.1f} MB of weights in {args.out}"
+    )
+
+
+def export_programs(args: argparse.Namespace) -> None:
+    """Write a model's programs for another runtime, and say how far off they are."""
+    from hmar_mega.inference.deploy import deploy  # imports torch's exporters
+
+    refuse_options(
+        f"programs are float32, and those of unfinished runs are exported too (--format {args.format})",
+        dtype=args.dtype, allow_unfinished=args.allow_unfinished,
+    )  # fmt: skip
+    if args.format != "torch-export":
+        refuse_options("generate.pt2, whose batch it is, is part of torch-export alone", batch=args.batch)
+    if args.format != "aoti":
+        refuse_options(f"{args.format} programs are made on the CPU and bound to no device", device=args.device)
+    device = args.device if args.format == "aoti" else "cpu"
+    model = open_model(args.run_dir, device, torch.float32, args.ema, args.checkpoint, args.tokenizer)
+    for name, done in deploy(model, args.out, args.format, 1 if args.batch is None else args.batch).items():
+        given, made = (", ".join(f"{k} {v}" for k, v in io.items()) for io in (done.inputs, done.outputs))
+        print(
+            f"{name}: {args.out / done.file} ({model.device.type}), {given} → {made}; loaded back, images are at most "
+            f"{done.max_error:.1e} off"
+        )

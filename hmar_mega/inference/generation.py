@@ -215,8 +215,8 @@ def model_digest(model: ImageModel) -> str:
     digest = hashlib.sha256(model.tokenizer.fingerprint.encode())
     digest.update(model.model.config.model_dump_json().encode())  # the same weights may attend in another way
     digest.update(str(model.model.schedule.patch_nums).encode())
-    for name, parameter in model.model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        few = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64]
+    for name, weight in model.model.state_dict().items():  # quantized weights are buffers
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        few = weight.flatten()[:: max(1, weight.numel() // 64)][:64]
         digest.update(few.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -22,6 +22,7 @@ from hmar_mega.model.attention import split_normalised
 from hmar_mega.model.elementwise import bias_gelu, gated_residual_norm, modulated_norm
 from hmar_mega.model.hmar import HMAR, Branch, Head
 from hmar_mega.model.layer import Block
+from hmar_mega.model.layers_quantized import QuantizedLinear
 from hmar_mega.model.layers_torch import TorchLayers
 from hmar_mega.rng import Purpose, uniform
 from hmar_mega.sequence import Codes, to_positions
@@ -45,14 +46,14 @@ class PackedBlock:
         attention, feed_forward = block.attn, block.ffn
         self.block, self.kernels = block, kernels
         self.heads = (3, attention.local_heads, attention.head_dim)
-        self.qkv = attention.qkv.weight
+        self.qkv = attention.qkv
         self.qkv_bias = torch.cat([attention.q_bias, torch.zeros_like(attention.q_bias), attention.v_bias])
         self.q_scale = attention.q_scale().contiguous()
         self.proj, self.fc1, self.fc2 = attention.proj, feed_forward.fc1, feed_forward.fc2
 
     def attend(self, x_nBC: Tensor) -> Tensor:
         """Attention of one scale before its projection, (n, B, C): dense, one call."""
-        qkv = F.linear(x_nBC, self.qkv, self.qkv_bias).unflatten(-1, self.heads)
+        qkv = self.qkv(x_nBC, self.qkv_bias).unflatten(-1, self.heads)
         if qkv.shape[0] == 1:  # the only token attends to itself alone
             return qkv[:, :, 2].flatten(2)
         if self.kernels:
@@ -66,9 +67,13 @@ class PackedBlock:
     def __call__(self, x_nBC: Tensor, normed_nBC: Tensor, own: Rows) -> tuple[Tensor, Tensor]:
         """x after attention, and the feed-forward branch that is still to be added to it, without its bias."""
         gamma1, _, _, scale2, _, shift2 = own
-        branch = F.linear(self.attend(normed_nBC), self.proj.weight)
-        x_nBC, normed = gated_residual_norm(x_nBC, branch, self.proj.bias, gamma1, scale2, shift2)
-        return x_nBC, F.linear(bias_gelu(F.linear(normed, self.fc1.weight), self.fc1.bias), self.fc2.weight)
+        branch, bias = self.proj(self.attend(normed_nBC), apart=True)
+        x_nBC, normed = gated_residual_norm(x_nBC, branch, bias, gamma1, scale2, shift2)
+        if isinstance(self.fc1, QuantizedLinear):
+            hidden = self.fc1.gelu(normed)
+        else:
+            hidden = bias_gelu(*self.fc1(normed, apart=True))
+        return x_nBC, self.fc2(hidden, apart=True)[0]
 
 
 @dataclass(frozen=True)
@@ -169,8 +174,8 @@ class PackedHMAR:
             x_nBC, branch_nBC = self.blocks[key](x_nBC, normed, values)
             bias = self.blocks[key].fc2.bias
             x_nBC, normed = gated_residual_norm(x_nBC, branch_nBC, bias, values[1], *following)
-        head = self.heads[branch].linear
-        return F.linear(normed, head.weight, head.bias)
+        logits: Tensor = self.heads[branch].linear(normed)
+        return logits
 
 
 class PackedState(SamplingState):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,32 +10,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hmar_mega.checkpoint.export import portable
-from hmar_mega.checkpoint.sources import ExportReader, WeightSource, check_shapes
-from hmar_mega.config import ModelConfig
+from hmar_mega.checkpoint.sources import ExportReader, WeightSource
 from hmar_mega.devices import pick_device
 from hmar_mega.errors import UserError
 from hmar_mega.inference.decoding import ImageDecoder
 from hmar_mega.inference.graphs import ImageSampler
 from hmar_mega.inference.sampler import SampleSettings, generate_tokens, guidance_strengths
 from hmar_mega.inference.smooth import Smoothing
+from hmar_mega.inference.weights import fill_model, new_model
 from hmar_mega.model.hmar import HMAR
+from hmar_mega.model.layers_quantized import Format
 from hmar_mega.scales import ScaleSchedule, mask_schedule_for
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 
-log = logging.getLogger(__name__)
+#: Formats of config.json: of float weights, and of quantized ones, which versions of before would take for floats.
+CONFIG_FORMAT, QUANTIZED_FORMAT = 1, 2
 
-CONFIG_FORMAT = 1
 #: What config.json must say.
 CONFIG_KEYS = (
     "model", "patch_nums", "codebook_size", "latent_channels", "mask_branch", "mask_input", "sampling",
     "tokenizer_fingerprint",
 )  # fmt: skip
-
-#: Attention backends of training that not every machine has; exports of before `portable` name them.
-GPU_BACKENDS = ("triton", "te")
 
 
 class ImageModel:
@@ -268,8 +264,9 @@ def load_model(
     decoder_dtype: torch.dtype = torch.float32,
     graphs: bool = True,
     compile_decoder: bool = False,
+    quantize: Format | None = None,
 ) -> ImageModel:
-    """Load an exported model (`hmar-mega export`).
+    """Load an exported model (`hmar-mega export`, `hmar-mega quantize`).
 
     Args:
         folder: with model.safetensors, config.json and tokenizer/.
@@ -278,9 +275,11 @@ def load_model(
         decoder_dtype: of the tokenizer's decoder.
         graphs: on a GPU, sample each batch size as one CUDA graph; see `graphs.ImageSampler`.
         compile_decoder: run the decoder through torch.compile.
+        quantize: make weights of 8 bits of those of a float model, `int8` or `fp8`, the latter after drawing a few
+            images to measure activations; see `quantize.quantized`. A model that was quantized stays so by itself.
 
     Raises:
-        UserError: when the folder is no exported model or does not fit its own config.
+        UserError: when the folder is no exported model, does not fit its own config, or is quantized already.
     """
     folder = Path(folder)
     device = pick_device(device)
@@ -290,15 +289,22 @@ def load_model(
         raise UserError(
             f"{folder} is not an exported model ({err}); make one with: hmar-mega export RUN {folder}"
         ) from None
-    if settings.get("format") != CONFIG_FORMAT:
-        raise UserError(f"{folder}/config.json has format {settings.get('format')}; this version reads {CONFIG_FORMAT}")
+    if settings.get("format") != (QUANTIZED_FORMAT if "quantization" in settings else CONFIG_FORMAT):
+        raise UserError(
+            f"{folder}/config.json has format {settings.get('format')}; this version reads {CONFIG_FORMAT}, and "
+            f"{QUANTIZED_FORMAT} of quantized models"
+        )
     missing = [key for key in CONFIG_KEYS if key not in settings]
     if missing:
         raise UserError(f"{folder}/config.json lacks {', '.join(missing)}; export the model again")
     weights = ExportReader(folder)
-    return build_model(
-        settings, weights, folder, folder / "tokenizer", device, dtype, decoder_dtype, graphs, compile_decoder
-    )
+    given = (settings, weights, folder, folder / "tokenizer", device, dtype, decoder_dtype, graphs, compile_decoder)
+    model = build_model(*given)
+    if quantize is None:
+        return model
+    from hmar_mega.inference.quantize import quantized
+
+    return quantized(model, quantize)
 
 
 def build_model(
@@ -327,25 +333,8 @@ def build_model(
             f"{tokenizer_folder} has fingerprint {tokenizer.fingerprint}, but the model was trained on tokens of "
             f"{settings['tokenizer_fingerprint']}; put the tokenizer it was trained with back"
         )
-    try:
-        config = ModelConfig.model_validate(settings["model"])
-        if config.attention.backend in GPU_BACKENDS:
-            log.info(
-                "%s says attention.backend=%s, with which it was trained; sampling takes auto, which runs anywhere",
-                folder, config.attention.backend,
-            )  # fmt: skip
-            config = portable(config)
-        with torch.device("meta"):
-            model = HMAR(
-                config,
-                ScaleSchedule(tuple(settings["patch_nums"])),
-                settings["codebook_size"],
-                settings["latent_channels"],
-                mask_branch=settings["mask_branch"],
-            )
-    except (TypeError, ValueError) as err:
-        raise UserError(f"{folder}/config.json is damaged ({err}); export the model again") from None
-    _fill(model, source, folder, device, dtype)
+    model = new_model(settings, folder)
+    fill_model(model, source, folder, device, dtype)
     return ImageModel(model, tokenizer, settings, decoder_dtype, graphs, compile_decoder)
 
 
@@ -393,15 +382,3 @@ def image_seeds(seed: int | Sequence[int] | Tensor, count: int) -> Tensor:
     if len(values) != count:
         raise UserError(f"{len(values)} seeds for {count} images: give one number, or one for each image")
     return torch.tensor(values, dtype=torch.int64)
-
-
-def _fill(model: nn.Module, source: WeightSource, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Put the file's tensors in place of meta ones; buffers are recomputed on the device."""
-    check_shapes(source, {n: tuple(p.shape) for n, p in model.named_parameters()}, folder)
-    for name in [n for n, _ in model.named_parameters()]:
-        owner_name, _, leaf = name.rpartition(".")
-        # bf16 steps near ln 100 would change a head's temperature by more than 1 %
-        kept = torch.float32 if leaf == "log_scale" else dtype
-        values = nn.Parameter(source.read(name).to(device, kept), requires_grad=False)
-        setattr(model.get_submodule(owner_name), leaf, values)
-    model.register_buffer("level_ids", model.schedule.level_ids(device), persistent=False)  # type: ignore[operator, union-attr]
