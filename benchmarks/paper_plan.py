@@ -1,10 +1,10 @@
-"""What the runs of the paper's tables need, by `hmar-mega plan`: hours on 8 and on 64 H100, as a table in docs/paper.md.
+"""What the runs of the paper's tables need, by `hmar-mega plan`: hours on 8 and on 64 H100, a table in docs/paper.md.
 
     python benchmarks/paper_plan.py                       # print it
     python benchmarks/paper_plan.py --write docs/paper.md # put it between the two marks there
 
-Hours are epochs · 1,281,167 images / (images a second that the planner predicts): reading data, evaluation, checkpoints,
-requeues and slow nodes come on top. No run was made.
+Hours are epochs · 1,281,167 images / (images a second that the planner predicts): reading data, evaluation,
+checkpoints, requeues and slow nodes come on top. No run was made.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reference pages that mkdocs makes while it builds: every setting from the configuration, every option from the parsers.
+"""Reference pages that mkdocs makes while it builds: every setting from the configuration, every option of a command.
 
 A hook of mkdocs.yml. The pages are `reference/settings.md` and `reference/cli.md`; they are never written to disk.
 """
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 SETTINGS_INTRO = """# Settings
 
 Every key of a configuration, with its type and default, made from the code that reads it. A file names the keys in
-sections; on the command line each is `section.key=value`, with values as in YAML. `hmar-mega train CONFIG --print-config`
-prints the whole tree with everything in place, and an unknown key is an error that names the nearest known one.
+sections; on the command line each is `section.key=value`, with values as in YAML.
+`hmar-mega train CONFIG --print-config` prints the whole tree with everything in place, and an unknown key is an error that names the nearest known one.
 
 Packaged configurations, for CONFIG and `include`: {configs}.
 """
