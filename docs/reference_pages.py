@@ -30,7 +30,8 @@ SETTINGS_INTRO = """# Settings
 
 Every key of a configuration, with its type and default, made from the code that reads it. A file names the keys in
 sections; on the command line each is `section.key=value`, with values as in YAML.
-`hmar-mega train CONFIG --print-config` prints the whole tree with everything in place, and an unknown key is an error that names the nearest known one.
+`hmar-mega train CONFIG --print-config` prints the whole tree with everything
+in place, and an unknown key is an error that names the nearest known one.
 
 Packaged configurations, for CONFIG and `include`: {configs}.
 """
