@@ -24,7 +24,7 @@ IMAGES = 1_281_167
 
 CLUSTERS = ("h100-8x1", "h100-8x8")
 BEGIN, END = "<!-- begin: benchmarks/paper_plan.py -->", "<!-- end: benchmarks/paper_plan.py -->"
-HEAD = ("| run | batch | epochs | steps | 8 H100 | layout | 64 H100 | layout |", "|---|---|---|---|---|---|---|---|")
+HEAD = ("| run | batch | epochs | steps | 8 H100 | 64 H100 |", "|---|---|---|---|---|---|")
 
 
 def runs() -> list[str]:
@@ -40,11 +40,12 @@ def row(name: str) -> str:
     for cluster in CLUSTERS:
         best = make_report(name, config, load_cluster(cluster)).best
         if best is None:
-            cells += ["does not fit", "–"]
+            cells.append("does not fit")
             continue
         hours = epochs * IMAGES / best.images_per_s / 3600
-        layout = best.layout
-        cells += [f"{hours:,.0f} h", f"{describe(layout)}; {layout.micro_batch} × {layout.accumulation}"]
+        layout, plain = best.layout, f"dp {best.layout.world}, ZeRO 1"
+        how = "" if describe(layout) == plain else f"{describe(layout)}, "
+        cells.append(f"{hours:,.0f} h ({how}{layout.micro_batch} × {layout.accumulation})")
     return f"| {' | '.join(cells)} |"
 
 
