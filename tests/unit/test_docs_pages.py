@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 from docs_blocks import PAGES, README, ROOT, blocks
-from docs_workplace import check_yaml
+from docs_workplace import Workplace, check_yaml
 
 from hmar_mega.cli import build_parser
 from hmar_mega.config_io import known_keys, packaged_configs
@@ -103,3 +103,12 @@ def test_the_yaml_of_the_readme_is_a_configuration(tmp_path: Path, monkeypatch: 
     assert shown
     for block in shown:
         check_yaml(block.text)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["frobnicate shards", "make nothing", "pip install 'hmar-mega[nothing]'", "hmar-mega train demo optim.epoch=3"],
+)
+def test_commands_that_cannot_work_are_noticed_where_they_are_only_parsed(command: str) -> None:
+    with pytest.raises((AssertionError, ValueError)):
+        Workplace().command(command, "parse")
