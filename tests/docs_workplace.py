@@ -44,6 +44,10 @@ SWEEP: dict[str, Any] = {
 }  # fmt: skip
 
 
+#: What the harness sets as torchrun does; commands here are started by hand.
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def furnish(folder: Path) -> None:
     """Make the files that the guide takes for granted: photos, published files, lists, configurations."""
     import torch
@@ -102,6 +106,8 @@ def run_blocks(folder: Path, page_blocks: list[Block]) -> list[str]:
     Called in a process of its own. What an earlier page made is removed when a command of this one makes it anew.
     """
     os.chdir(folder)
+    for name in [name for name in os.environ if name in TORCHRUN or name.startswith("TORCHELASTIC")]:
+        del os.environ[name]
     os.sched_getaffinity = lambda _: {0}  # type: ignore[assignment]  # workers are asked for where they are tested
     place = Workplace()
     wrong = []
