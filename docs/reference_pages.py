@@ -9,6 +9,7 @@ import argparse
 import re
 import types
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -63,7 +64,9 @@ def settings_page() -> str:
     """The settings reference as Markdown."""
     parts = [SETTINGS_INTRO.format(configs=", ".join(f"`{name}`" for name in packaged_configs()))]
     for name, field in Config.model_fields.items():
-        parts += section(name, model_of(field), level=2)
+        model = model_of(field)
+        assert model is not None, f"{name} is no section"
+        parts += section(name, model, level=2)
     parts.append(FILES_INTRO.format(clusters=", ".join(f"`{name}`" for name in packaged_clusters())))
     parts += section("", Cluster, level=3, title="A cluster")
     parts += section("", SweepSpec, level=3, title="SWEEP.yaml")
@@ -171,7 +174,6 @@ def commands(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[
 
 
 def plain_help(parser: argparse.ArgumentParser) -> str:
-    """Help in the same 100 columns whatever terminal builds the pages."""
-    style = parser.formatter_class
-    parser.formatter_class = lambda prog: style(prog, width=100, max_help_position=28)  # type: ignore[assignment]
+    """Help in the columns that a page has, whatever terminal builds it."""
+    parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, width=92, max_help_position=28)
     return parser.format_help()

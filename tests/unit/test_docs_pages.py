@@ -75,8 +75,13 @@ def test_every_setting_is_in_the_reference(reference: ModuleType) -> None:
     assert leaves
     assert leaves - rows == set()
     assert all(f"`{name}`" in page for name in packaged_configs())
-    assert "| `depth` | integer ≥ 1, ≤ 128 | `16` |" in page
+    assert "| `depth` | integer ≥ 1, ≤ 128 | `16` | layers |" in page
     assert "| `dir` | text | **required** |" in page
+
+
+def test_every_setting_of_a_run_says_what_it_is(reference: ModuleType) -> None:
+    of_runs = reference.settings_page().partition("## Other files")[0]
+    assert re.findall(r"^\| `(\w+)` \|.*\|  \|$", of_runs, re.M) == []
 
 
 def test_every_command_is_in_the_reference(reference: ModuleType) -> None:
