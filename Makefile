@@ -59,9 +59,10 @@ lint: $(STAMP)  ## ruff and mypy, as the pre-commit hooks run them
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# NO_MKDOCS_2_WARNING: Material for MkDocs announces its successor at every build otherwise.
+# NO_MKDOCS_2_WARNING: Material for MkDocs announces its successor at every build otherwise. Not --quiet: warnings that
+# are not shown are not counted either, and then nothing is strict.
 docs: $(STAMP)  ## the documentation in site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
 	@echo "open site/index.html"
 
 docs-serve: $(STAMP)  ## the documentation at http://127.0.0.1:8000, built anew at every change; with search
