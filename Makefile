@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-fast lint format wheel clean
+.PHONY: help venv demo test test-fast lint docs docs-serve format wheel clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  exit 1; \
 	fi
 	$(PIP) install --no-compile '$(TORCH)' 'setuptools>=77' wheel 'numpy>=1.26' -c constraints.txt
-	DS_BUILD_OPS=0 $(PIP) install --no-compile --no-build-isolation '$(TORCH)' -e '.[dev]' -c constraints.txt
+	DS_BUILD_OPS=0 $(PIP) install --no-compile --no-build-isolation '$(TORCH)' -e '.[dev,docs]' -c constraints.txt
 	$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true
 	@touch $@
 
@@ -59,6 +59,15 @@ lint: $(STAMP)  ## ruff and mypy, as the pre-commit hooks run them
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# NO_MKDOCS_2_WARNING: Material for MkDocs announces its successor at every build otherwise. Not --quiet: warnings that
+# are not shown are not counted either, and then nothing is strict.
+docs: $(STAMP)  ## the documentation in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
+	@echo "open site/index.html"
+
+docs-serve: $(STAMP)  ## the documentation at http://127.0.0.1:8000, built anew at every change; with search
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 format: $(STAMP)  ## rewrite the sources as ruff wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -70,5 +79,5 @@ wheel: $(STAMP)  ## dist/hmar_mega-*.whl
 	rm -rf build *.egg-info
 
 clean:  ## remove build leftovers and tool caches; .venv and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,21 +21,23 @@ __all__ = ["Config", "TokenizerConfig", "TokenizerTrainConfig"]
 class AttentionConfig(Section):
     """How the tokens attend: `block_diagonal` is HMAR, `block_causal` is VAR."""
 
-    pattern: Pattern = "block_diagonal"
-    backend: Literal["auto", "reference", "sdpa", "triton", "te"] = "auto"
+    pattern: Pattern = Field("block_diagonal", description="block_diagonal: HMAR; block_causal: VAR")
+    backend: Literal["auto", "reference", "sdpa", "triton", "te"] = Field(
+        "auto", description="auto: the fastest that is valid here; the log says which and why"
+    )
 
 
 class ModelConfig(Section):
     """The transformer. Depth sets everything (width 64·depth, heads = depth) unless overridden."""
 
-    depth: int = Field(16, ge=1, le=128)
+    depth: int = Field(16, ge=1, le=128, description="layers")
     width: int | None = Field(None, ge=8, description="default 64·depth")
     heads: int | None = Field(None, ge=1, description="default depth")
-    num_classes: int = Field(1000, ge=1)
-    ffn_ratio: float = Field(4.0, gt=0)
-    shared_aln: bool = False
+    num_classes: int = Field(1000, ge=1, description="the unconditional class not counted")
+    ffn_ratio: float = Field(4.0, gt=0, description="hidden width of the feed-forward block, by width")
+    shared_aln: bool = Field(False, description="one AdaLN linear for all blocks and a bias for each, as d36-s has")
     drop_path_rate: float | None = Field(None, ge=0, lt=1, description="of the last layer; default 0.1·depth/24")
-    gamma_init: float = Field(1e-3, gt=0)
+    gamma_init: float = Field(1e-3, gt=0, description="factor of the initial weights of the gates")
     mask_layers: int | None = Field(None, ge=1, description="default 8, or depth/2 below depth 16")
     attention: AttentionConfig = AttentionConfig()
 
@@ -89,8 +91,10 @@ class ModelConfig(Section):
 class ScheduleConfig(Section):
     """Image size and scales. Published resolutions know their `patch_nums`; others must give them."""
 
-    resolution: int = Field(256, ge=4)
-    patch_nums: tuple[int, ...] | None = None
+    resolution: int = Field(256, ge=4, description="side of the images in pixels")
+    patch_nums: tuple[int, ...] | None = Field(
+        None, description="sides of the token maps; default the published ones of the resolution"
+    )
     mask_schedule: tuple[tuple[int, ...], ...] | None = Field(
         None, description="tokens kept by each sampling pass, for the first scales; the others take one pass"
     )
@@ -119,28 +123,39 @@ class ScheduleConfig(Section):
 class StageConfig(Section):
     """What is trained: `next_scale` (stage 1) or `masked` (stage 2, from a stage-1 run in run.init_from)."""
 
-    name: Literal["next_scale", "masked"] = "next_scale"
-    loss_weights: Literal["lognormal", "uniform"] = "lognormal"
-    label_drop: float = Field(0.1, ge=0, le=1)
-    mask_input: Literal["leak_free", "reference"] = "leak_free"
+    name: Literal["next_scale", "masked"] = Field(
+        "next_scale", description="next_scale: stage 1; masked: stage 2, from run.init_from"
+    )
+    loss_weights: Literal["lognormal", "uniform"] = Field(
+        "lognormal", description="of stage 1: log-normal over scales, as HMAR, or every token alike, as VAR"
+    )
+    label_drop: float = Field(0.1, ge=0, le=1, description="share of labels that become the unconditional class")
+    mask_input: Literal["leak_free", "reference"] = Field(
+        "leak_free",
+        description="leak_free: masked codes are zeroed before upsampling; reference: as published, they leak",
+    )
 
 
 class OptimConfig(Section):
     """AdamW and its schedule: lr = base_lr · global_batch/256, warm-up, flat, then linear to final_ratio."""
 
-    impl: Literal["auto", "triton", "torch", "te", "apex"] = "auto"
-    base_lr: float = Field(1e-4, gt=0)
-    epochs: float = Field(200, gt=0)
+    impl: Literal["auto", "triton", "torch", "te", "apex"] = Field(
+        "auto", description="of AdamW; auto: the fastest that goes with precision, ZeRO stage and device"
+    )
+    base_lr: float = Field(1e-4, gt=0, description="learning rate for a batch of 256")
+    epochs: float = Field(200, gt=0, description="that the schedule spans")
     max_steps: int | None = Field(None, ge=1, description="stop earlier; the schedule stays that of `epochs`")
     warmup_epochs: float | None = Field(None, ge=0, description="default epochs/50")
-    warmup_start: float = Field(0.005, ge=0, le=1)
+    warmup_start: float = Field(0.005, ge=0, le=1, description="share of the learning rate at the first step")
     flat_fraction: float = Field(0.05, ge=0, le=1, description="of the steps after warm-up, at full lr")
-    final_ratio: float = Field(0.1, ge=0, le=1)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    final_ratio: float = Field(0.1, ge=0, le=1, description="share of the learning rate at the last step")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="of AdamW")
+    eps: float = Field(1e-8, gt=0, description="of AdamW")
+    weight_decay: float = Field(
+        0.05, ge=0, description="of matrices; biases, other vectors and the tables of positions and levels have none"
+    )
     weight_decay_end: float | None = Field(None, ge=0, description="reached along a half cosine over all steps")
-    clip: float = Field(2.0, gt=0)
+    clip: float = Field(2.0, gt=0, description="largest norm of the gradient")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="keep a moving average of the weights; 0.9999 is usual; default none"
     )
@@ -164,13 +179,13 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     """How the model is spread over processes. The data-parallel size is what remains of the world size."""
 
-    tensor_parallel: int = Field(1, ge=1)
+    tensor_parallel: int = Field(1, ge=1, description="ranks that share every layer; divides the heads")
     sequence_parallel: bool = Field(False, description="also split activations along the sequence over tensor ranks")
     pipeline_parallel: int = Field(1, ge=1, description="stages, each with a run of the layers; needs zero_stage 1")
     virtual_pipeline_parallel: int = Field(
         1, ge=1, description="runs of layers a pipeline rank holds in turn (interleaved schedule): smaller bubble"
     )
-    context_parallel: int = Field(1, ge=1)
+    context_parallel: int = Field(1, ge=1, description="refused above 1")
     zero_stage: int = Field(1, ge=0, le=3, description="1 shards optimizer states, 2 also gradients, 3 also weights")
     cuda_graphs: bool = Field(False, description="replay the blocks as CUDA graphs in training, where they can be")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -210,7 +225,7 @@ class CheckpointConfig(Section):
     """When to save; every save is complete and atomic."""
 
     interval: int = Field(1000, ge=1, description="optimizer steps")
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1, description="checkpoints that stay, besides the best")
     keep_every: int | None = Field(None, ge=1, description="checkpoints at multiples of so many steps stay for good")
     asynchronous: bool = Field(True, description="train on while a copy is written; the next save waits for it")
     verify: bool = Field(True, description="hash every file of the checkpoint that training goes on from")
@@ -223,18 +238,18 @@ class EvalConfig(Section):
     batch_size: int = Field(32, ge=1, description="per data-parallel rank")
     num_samples: int | None = Field(None, ge=1, description="validation samples; default all, at most 50 000")
     grid_count: int = Field(16, ge=0, description="images of the sample grid; 0 draws none")
-    cfg_scale: float = Field(1.5, ge=0)
+    cfg_scale: float = Field(1.5, ge=0, description="guidance of samples; exported models keep it, top_k and top_p")
     top_k: int = Field(900, ge=0, description="0 keeps all")
-    top_p: float = Field(0.96, gt=0, le=1)
+    top_p: float = Field(0.96, gt=0, le=1, description="keep tokens up to this probability")
 
 
 class LoggingConfig(Section):
     """Where figures go."""
 
     interval: int = Field(10, ge=1, description="optimizer steps between lines")
-    tensorboard: bool = True
-    wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "hmar-mega"
+    tensorboard: bool = Field(True, description="write events into RUN/tensorboard")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="offline: into RUN/wandb; online: also sent")
+    wandb_project: str = Field("hmar-mega", description="project at wandb")
 
     @field_validator("wandb", mode="before")
     @classmethod
@@ -245,8 +260,8 @@ class LoggingConfig(Section):
 class RunConfig(Section):
     """The run directory, its seed and what it starts from."""
 
-    dir: str | None = None
-    seed: int = Field(0, ge=0, lt=2**31)
+    dir: str | None = Field(None, description="the run directory")
+    seed: int = Field(0, ge=0, lt=2**31, description="of initialisation, of the order of data and of every draw")
     init_from: str | None = Field(None, description="run, checkpoint or exported model whose weights to start from")
     new_classes: bool = Field(False, description="start the class table afresh: fine-tuning on other classes")
     resume_from: str | None = Field(None, description="a checkpoint's name, such as step-00001000; default the latest")

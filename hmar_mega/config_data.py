@@ -13,7 +13,7 @@ from hmar_mega.config_base import Section, one_of
 class BatchRampConfig(Section):
     """Smaller batches at the start of a run: `start` images a step, then `increment` more in each part of `images`."""
 
-    start: int = Field(ge=1)
+    start: int = Field(ge=1, description="images of the first steps")
     increment: int = Field(ge=1, description="divides global_batch_size − start")
     images: int = Field(ge=1, description="length of the ramp")
 
@@ -21,28 +21,28 @@ class BatchRampConfig(Section):
 class MixtureConfig(Section):
     """A data set of several: out of Σ weights images that follow each other, `weight` are of this one."""
 
-    path: str
-    weight: int = Field(ge=1, le=1000)
+    path: str = Field(description="folder of shards")
+    weight: int = Field(ge=1, le=1000, description="images of this set out of the sum of all weights")
 
 
 class DataConfig(Section):
     """Shards and batches. `train`/`val` are folders of token shards; `images`/`images_val` of image shards."""
 
-    train: str | None = None
-    val: str | None = None
-    images: str | None = None
-    images_val: str | None = None
+    train: str | None = Field(None, description="folder of token shards")
+    val: str | None = Field(None, description="folder of token shards for validation")
+    images: str | None = Field(None, description="folder of image shards: for tokenizers, and for encode=online")
+    images_val: str | None = Field(None, description="folder of image shards for validation")
     mix: tuple[MixtureConfig, ...] = Field((), description="several sets in place of train (or images, encoded online)")
     encode: Literal["stored", "online"] = Field(
         "stored", description="online: train on images and images_val, through the tokenizer in every step"
     )
-    global_batch_size: int = Field(768, ge=1)
+    global_batch_size: int = Field(768, ge=1, description="images of an optimizer step, over all processes")
     micro_batch_size: int | None = Field(None, ge=1, description="per data-parallel rank; default: as large as fits 32")
     batch_ramp: BatchRampConfig | None = None
     shuffle: Literal["global", "groups"] = Field(
         "global", description="groups: within group_shards shards at a time, which the page cache or `cache` can hold"
     )
-    group_shards: int = Field(16, ge=1)
+    group_shards: int = Field(16, ge=1, description="shards of a group, with shuffle=groups")
     reader: Literal["index", "webdataset", "energon"] = Field(
         "index", description="the others are streams: resuming neither repeats nor continues their order"
     )

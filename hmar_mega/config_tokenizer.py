@@ -43,7 +43,7 @@ class AdversarialConfig(Section):
     channels: int = Field(64, ge=8, description="of the first layer; a multiple of 8")
     layers: int = Field(3, ge=1, le=5, description="that halve the map: a patch sees 16, 34, 70, 142 or 286 px")
     lr: float | None = Field(None, gt=0, description="default that of the tokenizer")
-    regularisation: Literal["none", "r1", "lecam"] = "lecam"
+    regularisation: Literal["none", "r1", "lecam"] = Field("lecam", description="of the discriminator")
     regularisation_weight: float = Field(0.01, ge=0, description="r1: of ½·|∇D|² at real images, 10 is usual")
 
     @model_validator(mode="after")
@@ -56,20 +56,20 @@ class AdversarialConfig(Section):
 class TokenizerTrainConfig(Section):
     """Training of the multi-scale VQ-VAE on image shards."""
 
-    steps: int = Field(2000, ge=1, lt=2**24)
+    steps: int = Field(2000, ge=1, lt=2**24, description="optimizer steps")
     batch_size: int = Field(64, ge=1, description="images of a step, over all processes")
     micro_batch_size: int | None = Field(None, ge=1, description="per process; default as large as fits, up to 32")
-    lr: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(50, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    clip: float = Field(1.0, gt=0)
+    lr: float = Field(1e-3, gt=0, description="learning rate after warm-up; from there half a cosine down to 1 % of it")
+    warmup_steps: int = Field(50, ge=0, description="over which the learning rate rises linearly")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="of AdamW")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="keep a moving average of the weights; the finished tokenizer is that average"
     )
-    l1_weight: float = Field(0.2, ge=0)
-    l2_weight: float = Field(1.0, ge=0)
-    vq_weight: float = Field(1.0, ge=0)
+    l1_weight: float = Field(0.2, ge=0, description="of the mean absolute error of pixels")
+    l2_weight: float = Field(1.0, ge=0, description="of the mean squared error of pixels")
+    vq_weight: float = Field(1.0, ge=0, description="of commitment and codebook, a mean over scales")
     entropy_weight: float = Field(0.0, ge=0, description="rewards codes that are chosen evenly at every scale")
     perceptual: PerceptualConfig = PerceptualConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
@@ -86,28 +86,30 @@ class TokenizerTrainConfig(Section):
     channels_last: bool = Field(False, description="lay images out channels last, which convolutions of a GPU like")
     cache_mib: int = Field(2048, ge=0, description="keep decoded images in memory where all of them fit (augment none)")
     allow_upscaling: bool = Field(False, description="take images smaller than the resolution, enlarged")
-    log_interval: int = Field(20, ge=1)
+    log_interval: int = Field(20, ge=1, description="steps between lines")
 
 
 class TokenizerConfig(Section):
     """The multi-scale residual VQ-VAE (VQGAN convolutions, shared codebook, shared φ)."""
 
     path: str | None = Field(None, description="folder of a trained tokenizer")
-    base_channels: int = Field(160, ge=1)
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    encoder_res_blocks: int = Field(2, ge=1)
-    decoder_res_blocks: int = Field(3, ge=1)
-    latent_channels: int = Field(32, ge=1)
-    norm_groups: int = Field(32, ge=1)
+    base_channels: int = Field(160, ge=1, description="of the first level")
+    channel_mult: tuple[int, ...] = Field(
+        (1, 1, 2, 2, 4), description="channels of each level, by base_channels; each after the first halves the image"
+    )
+    encoder_res_blocks: int = Field(2, ge=1, description="residual blocks of a level")
+    decoder_res_blocks: int = Field(3, ge=1, description="residual blocks of a level")
+    latent_channels: int = Field(32, ge=1, description="Z, numbers of a latent cell")
+    norm_groups: int = Field(32, ge=1, description="of GroupNorm")
     attention: bool = Field(True, description="self-attention at the lowest resolution and in the middle")
-    codebook_size: int = Field(4096, ge=2, le=65536)
+    codebook_size: int = Field(4096, ge=2, le=65536, description="V, number of codes")
     code_channels: int | None = Field(
         None, ge=1, description="factorised codebook: codes of so many numbers, spread linearly over latent_channels"
     )
-    num_phi: int = Field(4, ge=1)
-    phi_ratio: float = Field(0.5, ge=0, le=1)
+    num_phi: int = Field(4, ge=1, description="convolutions φ that the scales share")
+    phi_ratio: float = Field(0.5, ge=0, le=1, description="share r of the convolution: φ(x) = (1 − r)·x + r·conv(x)")
     using_znorm: bool = Field(False, description="cosine instead of L2 nearest neighbour")
-    beta: float = Field(0.25, gt=0)
+    beta: float = Field(0.25, gt=0, description="weight of the commitment within the quantization loss")
     train: TokenizerTrainConfig = TokenizerTrainConfig()
 
     @property

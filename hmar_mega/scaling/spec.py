@@ -234,7 +234,7 @@ def _explain(error: Any) -> str:
         near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.3) or known
         return f"unknown key {key}; did you mean {near[0]}?"
     if error["type"] == "missing":
-        return f"{key} is missing; see the example in the README"
+        return f"{key} is missing; see the example at the head of hmar_mega/scaling/spec.py"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}"

@@ -587,8 +587,9 @@ def test_help_of_every_command_ends_with_an_example_that_runs(workplace, name):
 
 def test_torchrun_hands_on_the_options_of_every_example():
     """It reads what stands behind the module's name too, and refuses what could be short for two of its own options."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
-    lines = [line for text in (readme, *COMMANDS.values()) for line in text.splitlines() if "-m hmar_mega" in line]
+    root = Path(__file__).parents[2]
+    pages = [page.read_text().replace("\\\n", " ") for page in (root / "README.md", *root.glob("docs/*.md"))]
+    lines = [line for text in (*pages, *COMMANDS.values()) for line in text.splitlines() if "-m hmar_mega" in line]
     shown = [shlex.split(line, comments=True) for line in lines if line.strip().startswith("torchrun ")]
     assert len(shown) >= 5
     for _, *words in shown:
