@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hmar_mega.precision import exact_float32
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,11 @@ class ImageDecoder:
         config = tokenizer.config
         widest = config.base_channels * config.channel_mult[0] * tokenizer.resolution**2 * dtype.itemsize
         self.chunk = max(1, MAP_BYTES // widest)
-        self._run: Any = tokenizer.decode
+        parts = nn.Sequential(tokenizer.post_quant_conv, tokenizer.decoder)
         if dtype != torch.float32:
-            parts = nn.Sequential(copy.deepcopy(tokenizer.post_quant_conv), copy.deepcopy(tokenizer.decoder))
-            self._run = parts.to(dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+            parts = copy.deepcopy(parts).to(dtype=dtype, memory_format=torch.channels_last)
+            parts = parts.eval().requires_grad_(False)
+        self._run: Any = parts
         if compiled:
             self._run = torch.compile(self._run, dynamic=False)
         how = "compiled" if compiled else "not compiled"
@@ -48,12 +50,13 @@ class ImageDecoder:
         """Decode f̂ (B, Z, h, w) float32 to images (B, 3, R, R) float32 in [0, 1], into `out` where it is given."""
         if out is None:
             out = f_hat.new_empty(len(f_hat), 3, self.tokenizer.resolution, self.tokenizer.resolution)
-        size = math.ceil(len(f_hat) / math.ceil(len(f_hat) / self.chunk))  # chunks alike, which compile once
+        size = math.ceil(len(f_hat) / math.ceil(len(f_hat) / self.chunk))  # chunks alike: few sizes to compile
         for start in range(0, len(f_hat), size):
             part = f_hat[start : start + size].to(self.dtype)
             if self.dtype != torch.float32:
                 part = part.contiguous(memory_format=torch.channels_last)
-            pixels = self._run(part).float()
+            with exact_float32():  # around what was compiled, which would not keep it
+                pixels = self._run(part).float()
             out[start : start + size] = pixels.clamp(-1, 1).add(1).mul(0.5).clamp(0, 1)
         return out
 

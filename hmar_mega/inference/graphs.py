@@ -88,8 +88,10 @@ class ImageSampler:
         self._program: ImageProgram | None = None
         self._captured: OrderedDict[tuple[int, SampleSettings, bool], _Captured] = OrderedDict()
         self._refused: dict[tuple[int, SampleSettings], str] = {}
+        self._broken: str | None = None  # what no capture can get over
         self._said: set[str] = set()
         self._pool: Any = None
+        self._stream: Any = None
 
     @torch.inference_mode()
     def __call__(self, labels_B: Tensor, seeds_B: Tensor, settings: SampleSettings) -> tuple[Tensor, Tensor]:
@@ -116,7 +118,7 @@ class ImageSampler:
         """Why a batch runs on the plain path; None when it is a graph, or will be once it is asked for."""
         if not self.graphs:
             return "graphs=False"
-        return why_not_graphs(self.model, settings) or self._refused.get((batch, settings))
+        return why_not_graphs(self.model, settings) or self._broken or self._refused.get((batch, settings))
 
     def say_plain(self, reason: str) -> None:
         """Log, once for each reason, that images are not sampled as a graph."""
@@ -140,7 +142,7 @@ class ImageSampler:
                 found.seeds.copy_(seeds_B)
                 found.graph.replay()
                 return found.tokens.clone(), found.result.clone()
-            reason = self._refused[len(labels_B), settings]
+            reason = self._broken or self._refused[len(labels_B), settings]
         self.say_plain(reason)
         return None
 
@@ -152,8 +154,14 @@ class ImageSampler:
             return self._captured[key]
         try:
             captured = self._capture(batch, settings, decode)
-        except RuntimeError as err:  # out of memory, or an operation that a capture does not allow
-            self._refused[batch, settings] = f"capturing a batch of {batch} failed ({str(err).strip().splitlines()[0]})"
+        except RuntimeError as err:
+            # an operation that a capture does not allow ends it, and then the end of the capture fails too
+            cause = err.__context__ or err
+            reason = f"capturing a batch of {batch} failed ({str(cause).strip().splitlines()[0]})"
+            if isinstance(cause, torch.OutOfMemoryError):
+                self._refused[batch, settings] = reason
+            else:
+                self._broken = reason
             return None
         self._captured[key] = captured
         if len(self._captured) > MOST_GRAPHS:
@@ -180,19 +188,24 @@ class ImageSampler:
                     into.copy_(made)
 
         with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    run()
-            torch.cuda.current_stream().wait_stream(stream)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # what the runs before left cached would lie beside the pool
             if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                run()
+                # torch's own stream of captures is on the device of the first capture of the process; and libraries
+                # keep a workspace for every stream they were called on
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self._stream):
+                    for _ in range(WARM_UP):
+                        run()
+                current.wait_stream(self._stream)
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # what the runs before left cached would lie beside the pool
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    run()
+            finally:
+                torch.cuda.set_stream(current)  # a capture that fails at its end leaves its own
         return _Captured(graph, labels, seeds, tokens, result)
 
     def _say(self, text: str) -> None:

@@ -9,6 +9,7 @@ guidance, runs the blocks with each residual fused into the norm that follows it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ from hmar_mega.model.layers_quantized import QuantizedLinear
 from hmar_mega.model.layers_torch import TorchLayers
 from hmar_mega.rng import Purpose, uniform
 from hmar_mega.sequence import Codes, to_positions
+
+log = logging.getLogger(__name__)
 
 Rows = tuple[Tensor, ...]
 
@@ -110,6 +113,7 @@ class PackedHMAR:
         self.model = model
         device = model.pos_start.device
         self.kernels = (device.type == "cuda" and triton_runs_on(device)) if kernels is None else kernels
+        self.draws_in_one = self.kernels and _drawn_in_one(model.codebook_size)
         shared = {(int(n), False): block for n, block in model.blocks.items()}
         own = {(int(n), True): block for n, block in model.mask_blocks.items()} if model.has_mask_branch else {}
         self.blocks = {key: PackedBlock(block, self.kernels) for key, block in (shared | own).items()}  # type: ignore[arg-type]
@@ -201,7 +205,7 @@ class PackedState(SamplingState):
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """One pass; draws in one launch where the kernels run, from the numbers of the plain path."""
-        if not self.packed.kernels or self.settings.more_smooth is not None:
+        if not self.packed.draws_in_one or self.settings.more_smooth is not None:
             return super().sample(scale, branch, strength, attempt, features, mask)
         logits = self._halves(scale, branch, strength, features, mask)
         from hmar_mega.kernels.sampling import sample_tokens
@@ -227,6 +231,16 @@ class PackedState(SamplingState):
         if self.f_hat is not None:
             given = to_positions(self.f_hat, self.model.schedule.patch_nums[scale])
         return self.packed.logits(self.packed.embed(scale, first, given, features, mask), branch, self.modulation)
+
+
+def _drawn_in_one(codebook_size: int) -> bool:
+    """Whether the sampling kernel takes so many codes; says so where it does not."""
+    from hmar_mega.kernels.sampling import LARGEST_VOCABULARY
+
+    if codebook_size <= LARGEST_VOCABULARY:
+        return True
+    log.info("tokens are drawn in plain torch: the kernel takes %d codes, not %d", LARGEST_VOCABULARY, codebook_size)
+    return False
 
 
 def all_numbers(seeds_B: Tensor, passes: Sequence[Sequence[int]]) -> dict[tuple[int, int], Tensor]:
