@@ -13,6 +13,7 @@ images, usage of the codebook over training as a plot, and the tokenizer. benchm
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import logging
@@ -78,7 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here; --device cpu --tiny shows whether the script works")
+    if args.device == "cpu" and torch.cuda.is_available():
+        raise SystemExit("training takes a GPU where there is one; hide it for --device cpu: CUDA_VISIBLE_DEVICES= python …")
     data = unpacked(args.data, args.work)
+    args.work = args.work / run_name(args)
     args.out.mkdir(parents=True, exist_ok=True)
     (quality if args.command == "quality" else ablation)(args, data)
 
@@ -89,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and val/, or a tar of it")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/tokenizer_quality"), help="folder of runs and checkpoints"
-    )
+        "--work", type=Path, default=Path("runs/tokenizer_quality"),
+        help="folder of runs and checkpoints: the same command goes on there (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--config", default="tokenizer/emoji-64", help="configuration (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=4.0, help="of one training (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="instead of minutes")
@@ -101,13 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run_name(args: argparse.Namespace) -> str:
+    """A folder for all that was asked: other data, settings or minutes are other runs."""
+    asked = [args.config, str(args.data.absolute()), args.minutes, args.steps, args.set, args.tiny, args.device]
+    return f"{Path(args.config).stem}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}"
+
+
 def unpacked(data: Path, work: Path) -> Path:
     """The folder with train/ and val/; a tar is unpacked into `work` once."""
     if data.is_dir():
         return data
-    folder = work / "data"
+    about = data.stat()
+    folder = work / f"{data.name.partition('.')[0]}-{about.st_size}-{about.st_mtime_ns}"
     if not folder.is_dir():
-        temporary = work / "data.unpacking"
+        temporary = folder.with_name(folder.name + ".unpacking")
         shutil.rmtree(temporary, ignore_errors=True)
         with tarfile.open(data) as archive:
             archive.extractall(temporary, filter="data")

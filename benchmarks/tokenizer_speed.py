@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hmar_mega.config import Config
 from hmar_mega.config_io import load_config
+from hmar_mega.precision import exact_float32
 from hmar_mega.tokenizer.losses import psnr, reconstruction_loss
 from hmar_mega.tokenizer.model import MultiScaleVQVAE
 
@@ -156,17 +158,18 @@ def compiled(model: MultiScaleVQVAE, way: Way) -> None:
 def train_step(
     model: MultiScaleVQVAE, config: Config, way: Way, batch: int, device: torch.device
 ) -> Callable[[int], object]:
-    """Forward, loss of pixels and codes, backward and AdamW, as one process does it."""
+    """Forward, loss of pixels and codes, backward and AdamW; weights keep their layout, as in training."""
     train = config.tokenizer.train
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=train.betas, fused=device.type == "cuda" or None)
     images = random_images(model, way, batch, device)
     compiled(model, way)
 
     def step(number: int) -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=way.bf16):
-            rebuilt, quantized = model(images)
-            loss, _ = reconstruction_loss(rebuilt.float(), images, train.l1_weight, train.l2_weight)
-        (loss + quantized.loss).backward()
+        with nullcontext() if way.bf16 else exact_float32():
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=way.bf16):
+                rebuilt, quantized = model(images)
+                loss, _ = reconstruction_loss(rebuilt.float(), images, train.l1_weight, train.l2_weight)
+            (loss + quantized.loss).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -179,6 +182,9 @@ def inference(model: MultiScaleVQVAE, way: Way, part: str, batch: int, device: t
     images = random_images(model, way, batch, device)
     with torch.no_grad():
         f_hat = model.quantizer.f_hat(model.encode(images))
+    if way.channels_last:  # weights too: of images alone nothing would stay after the first normalisation
+        model.to(memory_format=torch.channels_last)
+        f_hat = f_hat.contiguous(memory_format=torch.channels_last)
     compiled(model, way)
 
     @torch.no_grad()
