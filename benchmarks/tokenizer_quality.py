@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here; --device cpu --tiny shows whether the script works")
     if args.device == "cpu" and torch.cuda.is_available():
-        raise SystemExit("training takes a GPU where there is one; hide it for --device cpu: CUDA_VISIBLE_DEVICES= python …")
+        raise SystemExit("training takes a GPU where there is one; for --device cpu hide it with CUDA_VISIBLE_DEVICES=")
     data = unpacked(args.data, args.work)
     args.work = args.work / run_name(args)
     args.out.mkdir(parents=True, exist_ok=True)
