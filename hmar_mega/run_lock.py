@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -65,7 +66,7 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _take(folder: Path) -> int:
     """The open, locked file; UserError when another process has it."""
-    path = folder / LOCK_FILE
+    path, trials = folder / LOCK_FILE, 0
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -73,6 +74,10 @@ def _take(folder: Path) -> int:
         except BlockingIOError:
             text = os.pread(handle, 4096, 0)
             os.close(handle)
+            trials += 1
+            if trials < 5:  # `status` holds it for a moment to see whether it is free
+                time.sleep(0.1)
+                continue
             raise UserError(_refusal(folder, text)) from None
         except OSError as err:
             if err.errno not in NO_LOCKS:

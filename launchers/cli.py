@@ -94,6 +94,7 @@ def _launch_local(args: argparse.Namespace, config: Config) -> int:
     if args.dry_run:
         print(" ".join(local_command(run, args.local, restarts)))
         return 0
+    _check_free(run)
     prepare(config, {}, sys.argv)
     status: int = run_local(run, args.local, restarts)
     return status
@@ -112,6 +113,7 @@ def _launch_job(args: argparse.Namespace, config: Config) -> int:
     if args.dry_run:
         print(render(job), end="")
         return 0
+    _check_free(job.folder)
     prepare(config, job_files(job), sys.argv)
     number = submit(job)
     print(f"job {number}: {cluster.nodes} × {cluster.gpus_per_node} processes; hmar-mega status {job.folder} --watch")
@@ -131,6 +133,17 @@ def make_job(args: argparse.Namespace, config: Config, cluster: Cluster) -> Job:
     return run_job(
         run, cluster, args.name or run.name, args.time or launch.time, args.partition or launch.partition, restarts
     )
+
+
+def _check_free(run: Path) -> None:
+    """Refuse a run that a job works on or waits for: its configuration and scripts would change under it."""
+    from hmar_mega.launchers.status import ask_queue, busy
+
+    if who := busy(run, ask_queue()):
+        raise UserError(
+            f"run.dir={run} is in use by {who}; wait until it has ended (hmar-mega status {run} --watch), stop it "
+            "(scancel, or SIGTERM to the process: it saves itself), or choose another run.dir"
+        )
 
 
 def _check_layout(config: Config, processes: int) -> None:

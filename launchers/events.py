@@ -19,7 +19,8 @@ class Event:
 
     Attributes:
         time: seconds since 1970.
-        kind: submitted, started, preempting, preempted, requeued, bad_node, chained, completed, cancelled or failed.
+        kind: submitted, started, preempting, preempted, requeued, bad_node, readmitted, chained, completed, cancelled,
+            failed.
         job: SLURM's number, or `local`.
         attempt: how many restarts came before.
         about: what else the line says (`reason`, `nodes`, `node`, `excluded`, `next`, `process`, …).

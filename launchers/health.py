@@ -1,6 +1,6 @@
 """Whether a node is fit to train on: GPUs, memory, disk, clock. Job scripts run it once a node, before training.
 
-python -m hmar_mega.launchers.health REPORTS --now 1700000000.0 --gpus 8
+python -m hmar_mega.launchers.health REPORTS --clocks REPORTS/clocks --gpus 8
 
 writes REPORTS/NODE: `ok`, or what is wrong. Nothing heavy is imported: it must be over in a second.
 """
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import socket
+import statistics
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def available_memory(meminfo: str) -> int:
     return int(fields.get("MemAvailable", "0 kB").split()[0]) * 1024
 
 
+def skew(clocks: str, node: str) -> float | None:
+    """Seconds between a node's clock and the middle one (of two: the earlier); None where the node has none.
+
+    Args:
+        clocks: lines `NODE SECONDS`, read on all nodes at about the same time.
+    """
+    lines = re.findall(r"^(\S+) (\d+(?:\.\d+)?)$", clocks, re.M)  # a site's prolog may print others
+    found = {name: float(seconds) for name, seconds in lines}
+    return found[node] - statistics.median_low(found.values()) if node in found else None
+
+
 def faults(
     folder: Path, gpus: int, min_memory_gib: float, min_free_disk_gib: float, skew_s: float, max_clock_skew_s: float
 ) -> list[str]:
@@ -51,7 +63,7 @@ def faults(
     Args:
         folder: where the run is written.
         gpus: how many there must be; 0 asks for none.
-        skew_s: seconds between this node's clock and the first node's.
+        skew_s: seconds between this node's clock and the middle one of all nodes'.
     """
     found = []
     if gpus and (there := visible_gpus()) < gpus:
@@ -63,7 +75,7 @@ def faults(
     if free < min_free_disk_gib:
         found.append(f"{free:.1f} GiB of disk are free in {folder}, {min_free_disk_gib:g} are needed")
     if abs(skew_s) > max_clock_skew_s:
-        found.append(f"the clock is {skew_s:+.0f} s from the first node's, {max_clock_skew_s:g} s are allowed")
+        found.append(f"the clock is {skew_s:+.0f} s from the nodes' middle one, {max_clock_skew_s:g} s are allowed")
     return found
 
 
@@ -71,16 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the report of this node; 0 when it is fit."""
     parser = argparse.ArgumentParser(description="Whether this node is fit to train on.")
     parser.add_argument("reports", type=Path, help="folder of the reports, which all nodes share")
-    parser.add_argument("--now", type=float, required=True, help="the first node's clock, seconds since 1970")
+    parser.add_argument("--clocks", type=Path, required=True, help="file of the nodes' clocks, read at one time")
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--min-memory-gib", type=float, default=0)
     parser.add_argument("--min-free-disk-gib", type=float, default=0)
     parser.add_argument("--max-clock-skew-s", type=float, default=30)
     args = parser.parse_args(argv)
+    skew_s = skew(args.clocks.read_text(), node_name())
+    if skew_s is None:
+        print(f"{node_name()}: its clock could not be read beforehand and is not checked", flush=True)
     found = faults(
-        args.reports, args.gpus, args.min_memory_gib, args.min_free_disk_gib, time.time() - args.now,
-        args.max_clock_skew_s,
-    )  # fmt: skip
+        args.reports, args.gpus, args.min_memory_gib, args.min_free_disk_gib, skew_s or 0.0, args.max_clock_skew_s
+    )
     write_atomic(args.reports / node_name(), "; ".join(found) or "ok")  # what cannot be written is no report: unfit too
     return 1 if found else 0
 

@@ -93,13 +93,13 @@ def directives(job: Job) -> list[str]:
     """The options of sbatch, one a line of the script."""
     launch, cluster = job.cluster.launch, job.cluster
     options = [
-        f"--job-name={job.name}",
+        f"--job-name={quoted(job.name)}",
         f"--nodes={cluster.nodes}",
         f"--ntasks-per-node={job.tasks_per_node}",
         f"--time={job.time}",
-        f"--output={job.log}",
+        f"--output={quoted(str(job.log))}",
         "--open-mode=append",
-        f"--chdir={Path.cwd()}",
+        f"--chdir={quoted(str(Path.cwd()))}",
         "--requeue",  # without --no-kill: a job whose script lost its node would stay, with nothing running in it
         f"--signal=B:USR1@{launch.signal_seconds}",
     ]
@@ -111,6 +111,13 @@ def directives(job: Job) -> list[str]:
         gpus = cluster.gpus_per_node
         options.append(f"--gres=gpu:{gpus}" if launch.gpu_option == "gres" else f"--gpus-per-node={gpus}")
     return [*options, *launch.sbatch_options, *job.options]
+
+
+def quoted(text: str) -> str:
+    """A value as sbatch reads it in a script: a space or # outside of quotes would end it."""
+    if re.search(r"[\s#\"'\\]", text) is None:
+        return text
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
 
 
 def _cpus_per_task(job: Job) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from hmar_mega.config_base import one_of
 from hmar_mega.errors import UserError
 from hmar_mega.launchers.job import Job
 from hmar_mega.planning.launch_settings import seconds_of
+
+log = logging.getLogger(__name__)
 
 #: File systems that belong to one machine.
 LOCAL_FILE_SYSTEMS = {"tmpfs", "ramfs", "overlay", "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "squashfs"}
@@ -42,7 +45,9 @@ def check(job: Job, dry_run: bool) -> None:
     check_job(job, ask_slurm())
     if not dry_run:
         require_sbatch()
-        check_shared(job.folder, job.cluster.launch.shared_folder, job.nodes, other_nodes())
+        shared, others = job.cluster.launch.shared_folder, other_nodes()
+        check_shared(job.folder, shared, job.nodes, others)
+        warn_of_current_folder(Path.cwd(), shared, job.nodes, others)
 
 
 def require_sbatch() -> None:
@@ -70,10 +75,12 @@ def check_job(job: Job, asked: dict[str, Limits]) -> None:
     }
     partition = job.partition
     if partition is not None and (known or asked) and partition not in {**known, **asked}:
-        there = one_of(sorted({**known, **asked}))
-        raise UserError(f"--partition {partition} is not one of cluster {job.cluster.name}; use {there}")
+        names = one_of(sorted({**known, **asked}))
+        raise UserError(f"--partition {partition} is not one of cluster {job.cluster.name}; use {names}")
+    there = list(asked or known)
+    meant = there[0] if partition is None and len(there) == 1 else partition
     for name, limits in [*known.items(), *asked.items()]:
-        if name == partition or (partition is None and len(asked or known) == 1):
+        if name == meant:
             _check_size(job, name, limits)
     seconds = seconds_of(job.time)
     if seconds <= launch.signal_seconds + EARLY:
@@ -176,6 +183,17 @@ def check_shared(folder: Path, shared_folder: str | None, nodes: int, others: Se
         raise UserError(
             f"{folder} lies on {kind}, a file system of this machine, and {where}; choose a folder that all nodes "
             "share (run.dir; dir of a sweep), or name the shared one as launch.shared_folder in the cluster file"
+        )
+
+
+def warn_of_current_folder(folder: Path, shared_folder: str | None, nodes: int, others: Sequence[str] = ()) -> None:
+    """Say so where only this machine may see the folder in which the job starts and relative paths begin."""
+    shared = shared_folder is not None and folder.is_relative_to(Path(shared_folder).absolute())
+    if not shared and (nodes > 1 or others) and file_system(folder) in LOCAL_FILE_SYSTEMS:
+        log.warning(
+            "the job starts in %s, on a file system of this machine: where a node has no such folder, it starts in "
+            "another and relative paths of data and tokenizer lead nowhere; launch from a folder that all nodes share",
+            folder,
         )
 
 

@@ -49,7 +49,7 @@ def run_local(run: Path, processes: int, max_restarts: int) -> int:
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
         status = process.wait()
-    finished = checkpoint_state(run).get("finished") is True
+    finished = status == 0 and checkpoint_state(run).get("finished") is True  # else perhaps an earlier, shorter run's
     kind = "completed" if finished else "cancelled" if asked else "failed"
     about = {} if finished else {"reason": "saved and stopped as asked" if asked else f"torchrun: status {status}"}
     add_event(run, kind, LOCAL_JOB, **about)

@@ -34,7 +34,7 @@ REASONS: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
     ("bad input", re.compile(r"hmar-mega: (?!\{).+")),
-    ("error", re.compile(r"^\w*(?:Error|Exception): .+", re.M)),
+    ("error", re.compile(r"^(?:\[rank\d+\]: *)?[\w.]*(?:Error|Exception): .+", re.M)),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from hmar_mega.files import write_atomic
 
 if TYPE_CHECKING:
     from hmar_mega.config import Config
+
+log = logging.getLogger(__name__)
 
 #: Of a run directory: what `hmar-mega launch` writes and its jobs add to.
 LAUNCH_FOLDER = "launch"
@@ -45,10 +48,11 @@ def prepare(config: Config, files: Mapping[str, str], command: Sequence[str]) ->
         The folder.
 
     Raises:
-        UserError: when it cannot be written.
+        UserError: when it cannot be written, or `settle_start` refuses.
     """
     from hmar_mega.config_io import config_to_yaml
 
+    config = settle_start(config)
     folder = Path(str(config.run.dir)) / LAUNCH_FOLDER
     prepare_scripts(folder, {CONFIG_FILE: config_to_yaml(config), **files}, command)
     for name in ("logs", "statuses"):
@@ -77,6 +81,33 @@ def prepare_scripts(folder: Path, files: Mapping[str, str], command: Sequence[st
     }
     for name, text in written.items():
         write_atomic(folder / name, text)
+
+
+def settle_start(config: Config) -> Config:
+    """Where the run starts, said once and not at every restart: without `run.resume_from` and `run.resume=false`.
+
+    The checkpoint of `run.resume_from` becomes the latest one; a job that starts again goes on from what it has saved
+    since. The next save removes those that came after it, as without a job.
+
+    Raises:
+        UserError: when there is no such checkpoint, or there are some and `run.resume` is false.
+    """
+    run = Path(str(config.run.dir))
+    folder, name = run / "checkpoints", config.run.resume_from
+    if not config.run.resume and any(folder.glob("step-*/state.json")):
+        raise UserError(f"run.dir={run} already has checkpoints and run.resume=false; choose another run.dir")
+    if name is not None:
+        if (folder / name).is_file():  # `best`
+            name = (folder / name).read_text(encoding="utf-8").strip()
+        if not (folder / name / "state.json").is_file():
+            raise UserError(
+                f"run.resume_from={config.run.resume_from}: {run} has no such complete checkpoint; "
+                f"`hmar-mega checkpoint list {run}` shows those that it has"
+            )
+        write_atomic(folder / "latest", name + "\n")
+        log.info("%s is the latest checkpoint of %s now: the run goes on from it", name, run)
+    section = config.run.model_copy(update={"resume": True, "resume_from": None})
+    return config.model_copy(update={"run": section})
 
 
 def launch_config(config: Config) -> Config:

@@ -9,6 +9,8 @@ queued → starting → running → completed
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -98,8 +100,8 @@ def read_status(run: Path, queue: Mapping[str, QueuedJob] | None, now: float | N
     name, reason = _decide(last, queue.get(job) if queue is not None else None, queue is not None, now)
     if name == "running" and not _has_step(run, logs):
         name = "starting"
-    if state.get("finished") is True and name != "running":
-        name, reason = "completed", ""
+    if state.get("finished") is True and name != "running" and last.time <= _saved(run):
+        name, reason = "completed", ""  # a checkpoint before the last note may be the last of an earlier, shorter run
     if name == "failed":
         reason = "; ".join(dict.fromkeys(part for part in (find_reason(logs), reason) if part))
     started = [event for event in events if event.kind == "started" and event.job == job]
@@ -156,11 +158,59 @@ def _without_jobs(run: Path, state: Mapping[str, Any]) -> RunStatus:
     """A run that was started by hand: its lock says whether somebody works in it."""
     step, total, _ = progress(run, [], state)
     name, reason = "stopped", "started without hmar-mega launch"
+    held = _held(run / ".lock")
     if state.get("finished") is True:
         name = "completed"
-    elif (run / ".lock").exists():
+    elif held is not False:
         name = "running" if step is not None else "starting"
+        if held is None:
+            reason += "; its file system has no locks: it may be gone"
+    elif (run / ".lock").exists():
+        reason += "; it was killed"
     return RunStatus(str(run), name, step, total, None, reason=reason)
+
+
+def _held(lock: Path) -> bool | None:
+    """Whether a process holds the lock of a run, which the dead do not; None where the system cannot say."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as err:
+        # another user's file, or a file system without locks
+        if err.errno in (errno.EACCES, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            return None
+        raise
+    return False
+
+
+def _saved(run: Path) -> float:
+    """When the latest checkpoint was written, in seconds since 1970; 0 where there is none."""
+    folder = run / "checkpoints"
+    try:
+        return (folder / (folder / "latest").read_text().strip() / "state.json").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def busy(run: Path, queue: Mapping[str, QueuedJob] | None) -> str:
+    """What works on a run or waits to: `job 5 (RUNNING)`, or the process here; empty when nothing does.
+
+    Args:
+        queue: SLURM's jobs; None where it cannot be asked.
+    """
+    events = read_events(run)
+    if not events or events[-1].kind in ("completed", "cancelled", "failed"):
+        return ""
+    last = events[-1]
+    if last.job == LOCAL_JOB:
+        return f"process {last.about.get('process')} on {last.about.get('nodes')}" if _alive(last) else ""
+    job = last.about.get("next", last.job)
+    queued = queue.get(job) if queue is not None else None
+    return "" if queued is None or queued.state not in WAITING | WORKING else f"job {job} ({queued.state})"
 
 
 def progress(run: Path, logs: Iterable[Path], state: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:

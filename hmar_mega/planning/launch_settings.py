@@ -67,7 +67,7 @@ class Health(Section):
     enabled: bool = True
     min_memory_gib: float = Field(0, ge=0, description="available main memory")
     min_free_disk_gib: float = Field(1, ge=0, description="free where the run is written")
-    max_clock_skew_s: float = Field(30, gt=0, description="against the first node; what srun takes to start counts too")
+    max_clock_skew_s: float = Field(30, gt=0, description="against the middle one of the nodes; srun's start counts")
     collective: bool = Field(True, description="also reduce a tensor in each node and over all of them")
     min_gb_per_s: float = Field(0, ge=0, description="of that reduction in a node, below which the node is bad")
 
