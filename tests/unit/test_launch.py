@@ -294,10 +294,13 @@ def test_a_node_is_unfit_for_each_thing_it_lacks(tmp_path: Path, monkeypatch: py
 
 def test_a_node_reports_under_the_name_that_slurm_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "node9")
-    assert health.main([str(tmp_path), "--now", "0", "--max-clock-skew-s", "1e12"]) == 0
+    clocks = tmp_path / "clocks"
+    clocks.write_text("node8 100.5\nfrom a prolog\nnode9 101.5\nnode7 99\n")
+    assert health.main([str(tmp_path), "--clocks", str(clocks)]) == 0
     assert (tmp_path / "node9").read_text() == "ok"
-    assert health.main([str(tmp_path), "--now", "0"]) == 1
-    assert "from the first node's, 30 s are allowed" in (tmp_path / "node9").read_text()
+    clocks.write_text("node8 100.5\nnode9 190.5\nnode7 99\n")
+    assert health.main([str(tmp_path), "--clocks", str(clocks)]) == 1
+    assert "is +90 s from the nodes' middle one, 30 s are allowed" in (tmp_path / "node9").read_text()
 
 
 def test_available_memory_is_what_programs_can_still_get() -> None:
