@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, TCPStore
 
 from hmar_mega.files import write_atomic
 from hmar_mega.launchers.health import node_name
@@ -73,7 +74,7 @@ class Unfit(Exception):
         self.blameless = blameless
 
 
-def agree(store: dist.Store, what: str, word: str, rank: int, size: int, seconds: timedelta) -> list[str]:
+def agree(store: Store, what: str, word: str, rank: int, size: int, seconds: timedelta) -> list[str]:
     """Each process's word on something, by rank, as rank 0 got them in time; empty for a process that said nothing.
 
     Raises:
@@ -97,7 +98,7 @@ def agree(store: dist.Store, what: str, word: str, rank: int, size: int, seconds
     return answer
 
 
-def leave(store: dist.Store, rank: int, names: Sequence[str]) -> None:
+def leave(store: Store, rank: int, names: Sequence[str]) -> None:
     """Keep rank 0, whose process holds the store, until all that came have read what they need."""
     keys = [f"left/{other}" for other, name in enumerate(names) if name and other]
     with contextlib.suppress(RuntimeError):  # some process died, which has been noticed
@@ -142,7 +143,7 @@ def smoke(first: Path) -> dict[str, float]:
         torch.cuda.set_device(device)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(address, port, size, is_master=rank == 0, timeout=TIMEOUT, wait_for_workers=False)
+        store = TCPStore(address, port, size, is_master=rank == 0, timeout=TIMEOUT, wait_for_workers=False)
     except RuntimeError as err:
         words = f"{address}:{port}, the first process: {str(err).splitlines()[0]}"
         raise Unfit(words, blameless=rank > 0 and not first.exists()) from None
@@ -155,14 +156,14 @@ def smoke(first: Path) -> dict[str, float]:
         leave(store, rank, names)
 
 
-def _rounds(store: dist.Store, names: Sequence[str], rank: int, device: torch.device) -> dict[str, float]:
+def _rounds(store: Store, names: Sequence[str], rank: int, device: torch.device) -> dict[str, float]:
     """The reductions, of the processes with these nodes, as `smoke` says."""
     size = len(names)
     own = members(names, node_name(), size // int(os.environ.get("SLURM_NNODES", "1")))
     rates, word = {}, "ok"
     if len(own) > 1:
         try:
-            rates["node"] = _reduce(dist.PrefixStore(node_name(), store), own.index(rank), len(own), device)
+            rates["node"] = _reduce(PrefixStore(node_name(), store), own.index(rank), len(own), device)
         except RuntimeError as err:
             word = str(err).splitlines()[0]
     words = agree(store, "in node", word, rank, size, ROUND)
@@ -171,11 +172,11 @@ def _rounds(store: dist.Store, names: Sequence[str], rank: int, device: torch.de
             raise Unfit("; ".join(f"rank {other}: {words[other] or 'no answer'}" for other in own))
         raise Unfit("another node's processes cannot talk", blameless=True)
     if len(own) < size:
-        rates["all"] = _reduce(dist.PrefixStore("all", store), rank, size, device)
+        rates["all"] = _reduce(PrefixStore("all", store), rank, size, device)
     return rates
 
 
-def _reduce(store: dist.Store, rank: int, size: int, device: torch.device) -> float:
+def _reduce(store: Store, rank: int, size: int, device: torch.device) -> float:
     """GB/s of an all-reduce over a group of its own."""
     cuda = device.type == "cuda"
     dist.init_process_group(

@@ -29,7 +29,7 @@ def test_doctor_says_what_is_missing_and_goes_on(capsys: pytest.CaptureFixture[s
     items = {item["name"]: item for item in report["items"]}
     assert {name for name, item in items.items() if item["status"] == "ok"} >= {"Python", "torch", "CPU cores"}
     assert items["GPU"]["status"] == items["NCCL"]["status"] == "missing"
-    assert items["gloo, 2 processes"]["value"].endswith(" GB/s in all")
+    assert items["gloo, 2 processes"]["value"].endswith(" GB/s in node")
     assert {
         "SLURM",
         "storage here",
