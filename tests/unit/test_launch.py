@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import pytest
 import yaml
 
 from hmar_mega.cli import main
+from hmar_mega.config_io import load_config
 from hmar_mega.errors import UserError
 from hmar_mega.launchers import health, limits
+from hmar_mega.launchers.events import add_event
 from hmar_mega.launchers.job import Job
 from hmar_mega.launchers.limits import Limits, check_job, check_shared, parse_sinfo
-from hmar_mega.launchers.prepare import templates
+from hmar_mega.launchers.prepare import settle_start, templates
 from hmar_mega.launchers.slurm import job_files, render, run_job, submit
 from hmar_mega.planning.cluster import Cluster, load_cluster, packaged_clusters
 from hmar_mega.planning.launch_settings import seconds_of
@@ -306,3 +310,41 @@ def test_a_node_reports_under_the_name_that_slurm_gives_it(tmp_path: Path, monke
 def test_available_memory_is_what_programs_can_still_get() -> None:
     assert health.available_memory("MemTotal: 100 kB\nMemAvailable:   64 kB\n") == 65_536
     assert health.available_memory("MemTotal: 100 kB\n") == 0
+
+
+def saved_run(folder: Path, *steps: int) -> Path:
+    for step in steps:
+        (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        (folder / "checkpoints" / f"step-{step:08d}" / "state.json").write_text("{}")
+    (folder / "checkpoints" / "latest").write_text(f"step-{steps[-1]:08d}\n")
+    (folder / "checkpoints" / "best").write_text(f"step-{steps[0]:08d}\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["step-00000001", "best"])
+def test_where_a_run_starts_is_settled_once_and_not_at_every_restart(tmp_path: Path, name: str) -> None:
+    run = saved_run(tmp_path / "run", 1, 2)
+    config = load_config(None, [f"run.dir={run}", f"run.resume_from={name}"])
+    assert settle_start(config).run.resume_from is None
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000001\n"
+
+
+def test_a_start_that_cannot_be_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    run = saved_run(tmp_path / "run", 1, 2)
+    with pytest.raises(UserError, match=r"run.resume_from=step-00000007: .* has no such complete checkpoint"):
+        settle_start(load_config(None, [f"run.dir={run}", "run.resume_from=step-00000007"]))
+    with pytest.raises(UserError, match=r"already has checkpoints and run.resume=false"):
+        settle_start(load_config(None, [f"run.dir={run}", "run.resume=false"]))
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000002\n"
+    fresh = load_config(None, [f"run.dir={tmp_path / 'new'}", "run.resume=false"])
+    assert settle_start(fresh).run.resume is True  # a requeued job goes on from what the first one saved
+
+
+def test_a_run_in_use_is_not_launched_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    (run / "launch").mkdir(parents=True)
+    add_event(run, "started", "local", nodes=socket.gethostname(), process=str(os.getpid()))
+    before = sorted(path.name for path in (run / "launch").iterdir())
+    assert main(["launch", "demo", "--local", "2", f"run.dir={run}"]) == 2
+    assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
+    assert sorted(path.name for path in (run / "launch").iterdir()) == before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hmar_mega.launchers import status as status_module
 from hmar_mega.launchers.cli import duration, find_runs
 from hmar_mega.launchers.events import add_event, read_events
 from hmar_mega.launchers.outcome import find_reason
-from hmar_mega.launchers.status import QueuedJob, ask_queue, read_status
+from hmar_mega.launchers.status import QueuedJob, ask_queue, busy, read_status
 
 RUNNING, PENDING = QueuedJob("RUNNING", "None"), QueuedJob("PENDING", "BeginTime")
 NOW = 1000.0
@@ -153,6 +155,43 @@ def test_a_run_on_this_machine_is_alive_as_long_as_its_process(run: MadeRun) -> 
     assert read_status(run.folder, None, NOW).state == "failed"
     add_event(run.folder, "started", "local", nodes="another machine", process="1")
     assert read_status(run.folder, None, NOW).state == "starting"
+
+
+def test_a_checkpoint_of_an_earlier_shorter_run_hides_no_failure(run: MadeRun) -> None:
+    run.checkpoint(20, 20).notes(SUBMITTED, STARTED, ("failed", {"reason": "training failed"}))
+    state = run.folder / "checkpoints" / "step-00000020" / "state.json"
+    for saved, name in ((NOW - 10, "failed"), (NOW + 10, "completed")):
+        os.utime(state, (saved, saved))
+        assert read_status(run.folder, {}, NOW).state == name
+
+
+def test_a_run_started_by_hand_runs_while_its_lock_is_held(run: MadeRun) -> None:
+    run.metrics(8, 9)
+    lock = run.folder / ".lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert read_status(run.folder, None, NOW).state == "running"
+    killed = read_status(run.folder, None, NOW)
+    assert killed.state != "running"
+    assert "it was killed" in killed.reason
+
+
+@pytest.mark.parametrize(
+    ("events", "queue", "who"),
+    [
+        ([], {"5": RUNNING}, ""),
+        ([SUBMITTED, STARTED], {"5": RUNNING}, "job 5 (RUNNING)"),
+        ([SUBMITTED], {"5": PENDING}, "job 5 (PENDING)"),
+        ([SUBMITTED, STARTED], {}, ""),
+        ([SUBMITTED, STARTED], None, ""),
+        ([SUBMITTED, STARTED, ("chained", {"next": "6"})], {"6": PENDING}, "job 6 (PENDING)"),
+        ([SUBMITTED, STARTED, ("completed", {})], {"5": RUNNING}, ""),
+        ([("started", {"job": "local", "nodes": socket.gethostname(), "process": os.getpid()})], None,
+         f"process {os.getpid()} on {socket.gethostname()}"),
+    ],
+)  # fmt: skip
+def test_what_works_on_a_run_is_known_before_another_is_launched(run: MadeRun, events: list, queue, who: str) -> None:
+    assert busy(run.notes(*events).folder, queue) == who
 
 
 def test_notes_that_were_cut_short_are_left_out(run: MadeRun) -> None:
