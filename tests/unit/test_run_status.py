@@ -189,6 +189,7 @@ def test_a_run_started_by_hand_runs_while_its_lock_is_held(run: MadeRun) -> None
         ([("started", {"job": "local", "nodes": socket.gethostname(), "process": os.getpid()})], None,
          f"process {os.getpid()} on {socket.gethostname()}"),
     ],
+    ids=["new", "running", "waiting", "gone", "no SLURM", "chained", "completed", "here"],
 )  # fmt: skip
 def test_what_works_on_a_run_is_known_before_another_is_launched(run: MadeRun, events: list, queue, who: str) -> None:
     assert busy(run.notes(*events).folder, queue) == who
